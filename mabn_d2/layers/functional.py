@@ -1,0 +1,112 @@
+r"""The mathematics of Moving Average Batch Normalization, without state of its own.
+
+Source: "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization",
+ICLR 2020, https://openreview.net/forum?id=SkgGjRVKDS. The convolution in front has zero-centred
+filters (`CenConv2d`), so no mean is subtracted and the second moment takes the variance's place.
+Then the backward of the normalization needs one batch statistic, psi = mean(g * z), where
+BatchNorm's needs two, and both remaining statistics (E[x^2] and psi) may be replaced by averages
+over the last iterations.
+
+Per-channel vectors are (C,), windows (m, C); everything here happens on the tensors' device without
+a synchronization: conditions are tensors, branches are `torch.where`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import kernels
+
+
+def push(window, slot, value, accepted):
+    """Write value (C,) into window[slot] where `accepted`, in place, and return the window's mean.
+
+    Args:
+        window: (m, C) the last m statistics, in any order.
+        slot: (1,) int64, the row to replace.
+        accepted: (1,) bool; where False nothing is written.
+    """
+    row = torch.where(accepted, value.to(window.dtype), window.index_select(0, slot))
+    window.index_copy_(0, slot, row)
+    return window.mean(0)
+
+
+def renorm(var, running_var, eps, clip_limit):
+    """Return r = sqrt(var + eps) / sqrt(running_var + eps), clamped to [1 / limit, limit].
+
+    With it y is normalized by the long-term statistic (EMAS, section 4.1) but the backward by the
+    window's (SMAS): no gradient flows through r, as in Batch Renormalization.
+    """
+    return ((var + eps) / (running_var + eps)).sqrt_().clamp_(1 / clip_limit, clip_limit)
+
+
+class _MABN(torch.autograd.Function):
+    """y = relu?(weight * r * z + bias), z = x / sqrt(var + eps); keeps x and vectors only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, var, r, eps, relu, psi_window, slot, plain):
+        scale = r * weight
+        shift = bias.to(scale.dtype)
+        y = kernels.scale_shift(x, scale, shift, var, eps)
+        ctx.save_for_backward(x, weight, bias, var, r, slot, plain)
+        # Written to in the backward, which the checks of save_for_backward forbid.
+        ctx.psi_window, ctx.eps, ctx.relu = psi_window, eps, relu
+        return y.relu_() if relu else y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, var, r, slot, plain = ctx.saved_tensors
+        scale = r * weight
+        dy = kernels.dense_like(dy, x)
+        if ctx.relu:
+            # The sign of y is computed again: cheaper than keeping y when nothing else does.
+            y = kernels.scale_shift(x, scale, bias.to(scale.dtype), var, ctx.eps)
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        dyz, dbias = kernels.product_sums(dy, x, var, ctx.eps)
+
+        psi = dyz * scale / (x.numel() // x.shape[1])  # mean(g * z), g = dy * weight * r
+        window_mean = push(ctx.psi_window, slot, psi, psi.isfinite().all())
+        psi = torch.where(plain, psi, window_mean.to(psi.dtype))
+
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # dx = (g - z * psi) / sqrt(var + eps)
+            inv_std = (var + ctx.eps).rsqrt_()
+            dx = kernels.combine(dy, x, scale * inv_std, -psi * inv_std, var, ctx.eps)
+        dweight = (dyz * r).to(weight.dtype)
+        return dx, dweight, dbias.to(bias.dtype), *(None,) * 7
+
+
+def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False):
+    r"""Normalize by given statistics; the backward averages psi over `psi_window`.
+
+    .. math::
+        z = x / \sqrt{v + \epsilon}, \quad y = w\, r\, z + b, \quad
+        dx = (g - z P) / \sqrt{v + \epsilon}, \quad g = dy\, w\, r, \quad \psi = E[g z]
+
+    where P is psi, or the mean of the window that psi has entered. (Algorithm 1 and equations 14-18
+    of the paper.)
+
+    Args:
+        x: (N, C, H, W), dense, any floating dtype.
+        weight, bias: (C,).
+        var: (C,) v, a mean of x^2 over one or more batches; float32 at least.
+        r: (C,), no gradient flows through it.
+        psi_window: (m, C), moved by the backward unless psi is not finite.
+        slot: (1,) int64, the row of the window that belongs to this forward.
+        plain: (1,) bool, True where P is to be psi itself.
+        relu: apply ReLU to y, keeping no other tensor for it.
+    """
+    return _MABN.apply(x, weight, bias, var, r, eps, relu, psi_window, slot, plain)
+
+
+def mabn_eval(x, weight, bias, running_var, eps):
+    """Return weight * x / sqrt(running_var + eps) + bias in the dtype of x: one affine pass each way.
+
+    x may be empty; then the result is, and the gradients are zeros.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias, var = weight.to(dtype), bias.to(dtype), running_var.to(dtype)
+    if x.numel() == 0:
+        return (x * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+    return F.batch_norm(x, torch.zeros_like(var), var, weight, bias, False, 0.0, eps)

@@ -1,0 +1,296 @@
+"""MABN2d: the state of Moving Average Batch Normalization and what moves it."""
+
+import logging
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import functional, kernels
+
+# Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
+MAX_RECORDS = 32
+
+_STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
+_logger = logging.getLogger(__name__)
+
+
+class Statistics(NamedTuple):
+    """What one training forward normalized by; tensors on the layer's device."""
+
+    x2: torch.Tensor  # (C,) mean(x^2) of this input
+    var: torch.Tensor  # (C,) v: x2, or the mean of the window
+    r: torch.Tensor  # (C,) sqrt(v + eps) / sqrt(running_var + eps), clipped; or 1
+    slot: torch.Tensor  # (1,) int64, this input's row of both windows
+    plain: torch.Tensor  # (1,) bool: warm-up, no window yet
+    counted: torch.Tensor  # (1,) bool: this input has moved the state
+
+
+class MABN2d(nn.Module):
+    r"""Moving Average Batch Normalization (ICLR 2020) of (N, C, H, W), after a `CenConv2d`.
+
+    In training, with t the iteration (one forward), m the window and a the momentum:
+
+    .. math::
+        v &= E[x^2] \text{ while } t \le m \text{ or } t < T,
+            \text{ else the mean of the last } m \text{ of them (SMAS)} \\
+        r &= 1 \text{ while } t \le \max(1000, T), \text{ else }
+            \mathrm{clamp}(\sqrt{v + \epsilon} / \sqrt{R + \epsilon}, 1/5, 5) \\
+        y &= w\, r\, x / \sqrt{v + \epsilon} + b, \qquad R \leftarrow a R + (1 - a) v
+            \text{ (EMAS)}
+
+    and the backward's statistic psi is averaged over a window too (see `functional.mabn_train`).
+    In evaluation y = w x / sqrt(R + eps) + b, an affine map that folds into the convolution.
+
+    Args:
+        num_features: C.
+        eps: added to every second moment.
+        momentum: the paper's decay a, the share of the *old* running_var that is kept. Note that
+            torch's BatchNorm means the opposite by the same word: its 0.02 is 0.98 here.
+        batch_size: images in one forward on one GPU.
+        simulated_batch_size: images that the window spans; m = simulated_batch_size / batch_size.
+        warmup_iters: T, iterations that are normalized by their own statistics.
+        clip_start: r is 1 up to iteration max(clip_start, warmup_iters). The published 1000 is
+            for 90,000 iterations or more; short schedules need less.
+        clip_limit: r stays within [1 / clip_limit, clip_limit].
+        activation: None or "relu", which is then fused and needs no tensor of its own.
+
+    State: `weight`, `bias`, `running_var` (C,); the windows `buffer_x2`, `buffer_gz` (m, C); the
+    counter `iters` (1,). Statistics stay float32 (float64 in a float64 module) under `.half()`.
+    `load_state_dict` takes the published layer's state, in any of its shapes; windows that do not
+    fit are refilled: they and the counter start over together, running_var stays.
+
+    What moves the state: a forward in training mode with gradients enabled, whether or not a
+    backward follows. What does not: evaluation mode; `torch.no_grad` and `inference_mode`
+    (normalized as in training); a weight that does not require grad (normalized as in evaluation);
+    empty input; an input whose statistics are not finite, which `rejected` (1,) counts; and the
+    recomputation of a forward by activation checkpointing.
+
+    Raises:
+        ValueError: for a window that is no whole number, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.98,
+        batch_size=2,
+        simulated_batch_size=32,
+        warmup_iters=100,
+        clip_start=1000,
+        clip_limit=5.0,
+        activation=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features must be positive, got {num_features}")
+        if activation not in (None, "relu"):
+            raise ValueError(f'activation must be None or "relu", got {activation!r}')
+        self.num_features = num_features
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        like = {"device": device, "dtype": _statistics_dtype(self.weight.dtype)}
+        self.register_buffer("running_var", torch.empty(num_features, **like))
+        self.register_buffer("buffer_x2", torch.empty(0, num_features, **like))
+        self.register_buffer("buffer_gz", torch.empty(0, num_features, **like))
+        self.register_buffer("iters", torch.zeros(1, dtype=torch.int64, device=device))
+        rejected = torch.zeros(1, dtype=torch.int64, device=device)
+        self.register_buffer("rejected", rejected, persistent=False)
+        self.configure(
+            eps, momentum, batch_size, simulated_batch_size, warmup_iters, clip_start, clip_limit
+        )
+        self._records = deque(maxlen=MAX_RECORDS)
+        self.reset_parameters()
+
+    def configure(
+        self,
+        eps,
+        momentum,
+        batch_size,
+        simulated_batch_size,
+        warmup_iters,
+        clip_start,
+        clip_limit,
+    ):
+        """Set the hyper-parameters of a built layer; a window of another length starts empty."""
+        if batch_size < 1 or simulated_batch_size % batch_size:
+            raise ValueError(
+                f"simulated_batch_size ({simulated_batch_size}) must be a multiple of "
+                f"batch_size ({batch_size})"
+            )
+        for name, value, good in (
+            ("simulated_batch_size", simulated_batch_size, simulated_batch_size >= 1),
+            ("eps", eps, eps > 0),
+            ("momentum", momentum, 0 <= momentum <= 1),
+            ("warmup_iters", warmup_iters, warmup_iters >= 0),
+            ("clip_start", clip_start, clip_start >= 0),
+            ("clip_limit", clip_limit, clip_limit >= 1),
+        ):
+            if not good:
+                raise ValueError(f"{name} is out of range: {value}")
+        self.eps = eps
+        self.momentum = momentum
+        self.batch_size = batch_size
+        self.simulated_batch_size = simulated_batch_size
+        self.warmup_iters = warmup_iters
+        self.clip_start = clip_start
+        self.clip_limit = clip_limit
+        window = simulated_batch_size // batch_size
+        if window != len(self.buffer_x2):
+            self.buffer_x2 = self.buffer_x2.new_zeros(window, self.num_features)
+            self.buffer_gz = self.buffer_gz.new_zeros(window, self.num_features)
+            self.reset_windows()
+
+    @property
+    def window(self):
+        """m, the number of iterations that the windows span."""
+        return len(self.buffer_x2)
+
+    def reset_windows(self):
+        """Empty both windows and set the counter back with them; running_var stays."""
+        # The windows' rows are read only once the counter says that all of them are written.
+        for buffer in (self.buffer_x2, self.buffer_gz, self.iters, self.rejected):
+            buffer.zero_()
+
+    def reset_running_stats(self):
+        self.reset_windows()
+        self.running_var.fill_(1)
+
+    def reset_parameters(self):
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        """(N, C, H, W) -> the same shape, dtype and memory format. Any N, H, W, zero too.
+
+        Raises:
+            ValueError: if x is not (N, num_features, H, W).
+        """
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}"
+            )
+        if not (self.training and self.weight.requires_grad) or x.numel() == 0:
+            y = functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps)
+            return y.relu() if self.activation else y
+        x = kernels.dense(x)
+        counts = torch.is_grad_enabled()
+        with torch.no_grad():
+            statistics = self._statistics(kernels.mean_square(x), counts)
+        return functional.mabn_train(
+            x,
+            self.weight,
+            self.bias,
+            statistics.var,
+            statistics.r,
+            self.eps,
+            self.buffer_gz,
+            statistics.slot,
+            statistics.plain,
+            relu=self.activation is not None,
+        )
+
+    def _statistics(self, x2, counts):
+        """Return the Statistics of an input with mean square x2 (C,), and count it if `counts`."""
+        if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
+            return self._advance(x2, x2.isfinite().all(0, keepdim=True), counts)
+        # A forward within a backward is one that activation checkpointing repeats.
+        if self._records and torch._C._current_graph_task_id() != -1:
+            return self._repeat(x2)
+        statistics = self._advance(x2, x2.isfinite().all(0, keepdim=True), counts)
+        if not torch.is_inference_mode_enabled():
+            self._records.append(statistics)
+        return statistics
+
+    def _advance(self, x2, accepted, counts=True):
+        m, warmup = self.window, self.warmup_iters
+        t = self.iters + 1
+        slot = t % m
+        plain = t <= max(m, warmup - 1)
+        window = self.buffer_x2 if counts else self.buffer_x2.clone()
+        mean = functional.push(window, slot, x2, accepted)
+        var = torch.where(plain, x2, mean.to(x2.dtype))
+        running_var = self.running_var
+        r = functional.renorm(var, running_var.to(var.dtype), self.eps, self.clip_limit)
+        r = torch.where(t <= max(self.clip_start, warmup), torch.ones_like(r), r)
+        if counts:
+            target = torch.where(accepted, var.to(running_var.dtype), running_var)
+            running_var.lerp_(target, 1 - self.momentum)
+            self.iters.add_(accepted)
+            self.rejected.add_(~accepted)
+        counted = torch.full_like(accepted, counts)
+        return Statistics(x2, var, r, slot, plain, counted)
+
+    def _repeat(self, x2):
+        """Return the Statistics of the forward that is repeated; count it if it was not.
+
+        Reentrant checkpointing runs the first forward without gradients, so that one has not been
+        counted. The record is found on the device: the one whose x2 is nearest.
+        """
+        stacked = Statistics(*map(torch.stack, zip(*self._records, strict=True)))
+        distance = (stacked.x2 - x2).abs().sum(1).nan_to_num(nan=torch.inf)
+        first = Statistics(*(field[distance.argmin()] for field in stacked))
+        now = self._advance(x2, x2.isfinite().all(0, keepdim=True) & ~first.counted)
+        return first._replace(slot=torch.where(first.counted, first.slot, now.slot))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        self._migrate(state_dict, prefix)
+        self._records.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _migrate(self, state_dict, prefix):
+        """Bring the published layers' shapes and names to this layer's, in place."""
+        for name in ("weight", "bias", "running_var"):
+            value = state_dict.get(prefix + name)
+            if value is not None and tuple(value.shape) == (1, self.num_features, 1, 1):
+                state_dict[prefix + name] = value.reshape(-1)
+        if prefix + "running_var" not in state_dict:
+            return  # nothing of this layer, or not enough: the caller hears of it as usual
+        # The classification form's windows run over groups of one iteration, not over iterations.
+        for name in ("sta_matrix", "pre_x2", "pre_gz"):
+            state_dict.pop(prefix + name, None)
+        own = {name: getattr(self, name) for name in ("buffer_x2", "buffer_gz", "iters")}
+        for name, value in own.items():
+            found = state_dict.get(prefix + name)
+            if found is None or found.numel() != value.numel():
+                empty = {prefix + n: torch.zeros_like(v) for n, v in own.items()}
+                if any(key in state_dict for key in empty):
+                    _logger.warning(
+                        f"{prefix}{name} does not fit a window of {self.window} iterations: "
+                        "the windows start empty"
+                    )
+                state_dict.update(empty)
+                return
+            state_dict[prefix + name] = found.reshape(value.shape)
+
+    def _apply(self, fn, *args, **kwargs):
+        before = {name: getattr(self, name) for name in _STATISTICS}
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != _statistics_dtype(after.dtype):  # .half(), .bfloat16()
+                setattr(self, name, buffer.to(after.device))
+        self._records.clear()
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, "_records": deque(maxlen=MAX_RECORDS)}
+
+    def extra_repr(self):
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"batch_size={self.batch_size}, simulated_batch_size={self.simulated_batch_size}, "
+            f"warmup_iters={self.warmup_iters}, clip_start={self.clip_start}, "
+            f"clip_limit={self.clip_limit}"
+            + (f", activation={self.activation}" if self.activation else "")
+        )
+
+
+def _statistics_dtype(dtype):
+    return torch.promote_types(dtype, torch.float32)
