@@ -39,6 +39,61 @@ def renorm(var, running_var, eps, clip_limit):
     return ((var + eps) / (running_var + eps)).sqrt_().clamp_(1 / clip_limit, clip_limit)
 
 
+def advance(
+    x2: torch.Tensor,
+    accepted: torch.Tensor,
+    buffer_x2: torch.Tensor,
+    running_var: torch.Tensor,
+    iters: torch.Tensor,
+    rejected: torch.Tensor,
+    eps: float,
+    momentum: float,
+    warmup_iters: int,
+    clip_start: int,
+    clip_limit: float,
+    counts: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose what one input is normalized by and, if `counts`, move the state by it, in place.
+
+    Args:
+        x2: (C,) mean(x^2) of the input.
+        accepted: (1,) bool; where False the input enters neither window nor running_var and only
+            `rejected` counts it.
+        buffer_x2, running_var, iters, rejected: the layer's state, (m, C), (C,), (1,), (1,).
+        eps, momentum, warmup_iters, clip_start, clip_limit: see MABN2d.
+
+    Returns:
+        var (C,), r (C,), slot (1,) and plain (1,), as `mabn_train` takes them.
+    """
+    t = iters + 1
+    m = buffer_x2.shape[0]
+    slot = t % m
+    plain = t <= max(m, warmup_iters - 1)
+    mean = push(buffer_x2 if counts else buffer_x2.clone(), slot, x2, accepted)
+    var = torch.where(plain, x2, mean.to(x2.dtype))
+    r = renorm(var, running_var.to(var.dtype), eps, clip_limit)
+    r = torch.where(t <= max(clip_start, warmup_iters), torch.ones_like(r), r)
+    if counts:
+        target = torch.where(accepted, var.to(running_var.dtype), running_var)
+        running_var.lerp_(target, 1 - momentum)
+        iters.add_(accepted)
+        rejected.add_(~accepted)
+    return var, r, slot, plain
+
+
+# For torch.compile: its partitioner would compute r again in the backward, from a running_var that
+# has moved since. What an operator of its own returns is kept.
+advance_op = torch.library.custom_op(
+    "mabn_d2::advance", advance, mutates_args=("buffer_x2", "running_var", "iters", "rejected")
+)
+
+
+@advance_op.register_fake
+def _(x2, accepted, buffer_x2, running_var, iters, rejected, *arguments):
+    slot = torch.empty_like(iters)
+    return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
+
+
 class _MABN(torch.autograd.Function):
     """y = relu?(weight * r * z + bias), z = x / sqrt(var + eps); keeps x and vectors only."""
 
@@ -107,6 +162,4 @@ def mabn_eval(x, weight, bias, running_var, eps):
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias, var = weight.to(dtype), bias.to(dtype), running_var.to(dtype)
-    if x.numel() == 0:
-        return (x * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     return F.batch_norm(x, torch.zeros_like(var), var, weight, bias, False, 0.0, eps)

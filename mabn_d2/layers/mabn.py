@@ -209,23 +209,23 @@ class MABN2d(nn.Module):
         return statistics
 
     def _advance(self, x2, accepted, counts=True):
-        m, warmup = self.window, self.warmup_iters
-        t = self.iters + 1
-        slot = t % m
-        plain = t <= max(m, warmup - 1)
-        window = self.buffer_x2 if counts else self.buffer_x2.clone()
-        mean = functional.push(window, slot, x2, accepted)
-        var = torch.where(plain, x2, mean.to(x2.dtype))
-        running_var = self.running_var
-        r = functional.renorm(var, running_var.to(var.dtype), self.eps, self.clip_limit)
-        r = torch.where(t <= max(self.clip_start, warmup), torch.ones_like(r), r)
-        if counts:
-            target = torch.where(accepted, var.to(running_var.dtype), running_var)
-            running_var.lerp_(target, 1 - self.momentum)
-            self.iters.add_(accepted)
-            self.rejected.add_(~accepted)
-        counted = torch.full_like(accepted, counts)
-        return Statistics(x2, var, r, slot, plain, counted)
+        compiling = torch.compiler.is_compiling()
+        advance = functional.advance_op if compiling else functional.advance
+        chosen = advance(
+            x2,
+            accepted,
+            self.buffer_x2,
+            self.running_var,
+            self.iters,
+            self.rejected,
+            self.eps,
+            self.momentum,
+            self.warmup_iters,
+            self.clip_start,
+            self.clip_limit,
+            counts,
+        )
+        return Statistics(x2, *chosen, torch.full_like(accepted, counts))
 
     def _repeat(self, x2):
         """Return the Statistics of the forward that is repeated; count it if it was not.
