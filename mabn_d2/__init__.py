@@ -1,3 +1,18 @@
-"""Moving Average Batch Normalization (ICLR 2020) for Detectron2."""
+"""Moving Average Batch Normalization (ICLR 2020) for Detectron2.
+
+Importing this package registers it with Detectron2, if there is one: the norm type "MABN", the
+backbones `build_mabn_*`, the datasets `digit_scenes_*`. `mabn_d2.layers` needs torch only.
+"""
+
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
+
+if find_spec("detectron2"):
+    from . import modeling  # noqa: F401 (for its registration)
+    from .config import add_mabn_config
+    from .data import register_digit_scenes
+    from .modeling import configure_mabn
+
+    register_digit_scenes()
+    __all__ = ["add_mabn_config", "configure_mabn", "register_digit_scenes"]

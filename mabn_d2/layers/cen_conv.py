@@ -4,8 +4,8 @@ from torch import nn
 
 
 def center_weight(weight):
-    """Return weight (O, I, ...) minus its mean over input channels and kernel, per filter."""
-    return weight - weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+    """Return weight (O, I, kH, kW) minus its mean over input channels and kernel, per filter."""
+    return weight - weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
 class CenConv2d(nn.Conv2d):

@@ -12,6 +12,15 @@ from . import functional, kernels
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
 
+_SETTINGS = (
+    "eps",
+    "momentum",
+    "batch_size",
+    "simulated_batch_size",
+    "warmup_iters",
+    "clip_start",
+    "clip_limit",
+)
 _STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
 _logger = logging.getLogger(__name__)
 
@@ -102,45 +111,44 @@ class MABN2d(nn.Module):
         rejected = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("rejected", rejected, persistent=False)
         self.configure(
-            eps, momentum, batch_size, simulated_batch_size, warmup_iters, clip_start, clip_limit
+            eps=eps,
+            momentum=momentum,
+            batch_size=batch_size,
+            simulated_batch_size=simulated_batch_size,
+            warmup_iters=warmup_iters,
+            clip_start=clip_start,
+            clip_limit=clip_limit,
         )
         self._records = deque(maxlen=MAX_RECORDS)
         self.reset_parameters()
 
-    def configure(
-        self,
-        eps,
-        momentum,
-        batch_size,
-        simulated_batch_size,
-        warmup_iters,
-        clip_start,
-        clip_limit,
-    ):
-        """Set the hyper-parameters of a built layer; a window of another length starts empty."""
-        if batch_size < 1 or simulated_batch_size % batch_size:
+    def configure(self, **settings):
+        """Set any of the constructor's arguments from eps to clip_limit on a built layer.
+
+        A window of another length starts empty. Nothing changes if an argument is wrong.
+        """
+        new = {name: getattr(self, name, None) for name in _SETTINGS} | settings
+        unknown = new.keys() - set(_SETTINGS)
+        if unknown:
+            raise TypeError(f"MABN2d has no argument {sorted(unknown)[0]}")
+        batch_size, simulated = new["batch_size"], new["simulated_batch_size"]
+        if batch_size < 1 or simulated < 1 or simulated % batch_size:
             raise ValueError(
-                f"simulated_batch_size ({simulated_batch_size}) must be a multiple of "
-                f"batch_size ({batch_size})"
+                f"simulated_batch_size ({simulated}) must be a positive multiple of batch_size "
+                f"({batch_size})"
             )
-        for name, value, good in (
-            ("simulated_batch_size", simulated_batch_size, simulated_batch_size >= 1),
-            ("eps", eps, eps > 0),
-            ("momentum", momentum, 0 <= momentum <= 1),
-            ("warmup_iters", warmup_iters, warmup_iters >= 0),
-            ("clip_start", clip_start, clip_start >= 0),
-            ("clip_limit", clip_limit, clip_limit >= 1),
+        for name, good in (
+            ("eps", new["eps"] > 0),
+            ("momentum", 0 <= new["momentum"] <= 1),
+            ("warmup_iters", new["warmup_iters"] >= 0),
+            ("clip_start", new["clip_start"] >= 0),
+            ("clip_limit", new["clip_limit"] >= 1),
         ):
             if not good:
-                raise ValueError(f"{name} is out of range: {value}")
-        self.eps = eps
-        self.momentum = momentum
-        self.batch_size = batch_size
-        self.simulated_batch_size = simulated_batch_size
-        self.warmup_iters = warmup_iters
-        self.clip_start = clip_start
-        self.clip_limit = clip_limit
-        window = simulated_batch_size // batch_size
+                raise ValueError(f"{name} is out of range: {new[name]}")
+        for name, value in new.items():
+            setattr(self, name, value)
+        window = simulated // batch_size
         if window != len(self.buffer_x2):
             self.buffer_x2 = self.buffer_x2.new_zeros(window, self.num_features)
             self.buffer_gz = self.buffer_gz.new_zeros(window, self.num_features)
@@ -283,13 +291,10 @@ class MABN2d(nn.Module):
         return {**self.__dict__, "_records": deque(maxlen=MAX_RECORDS)}
 
     def extra_repr(self):
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"batch_size={self.batch_size}, simulated_batch_size={self.simulated_batch_size}, "
-            f"warmup_iters={self.warmup_iters}, clip_start={self.clip_start}, "
-            f"clip_limit={self.clip_limit}"
-            + (f", activation={self.activation}" if self.activation else "")
-        )
+        shown = [f"{name}={getattr(self, name)}" for name in _SETTINGS]
+        if self.activation:
+            shown.append(f"activation={self.activation}")
+        return ", ".join([str(self.num_features), *shown])
 
 
 def _statistics_dtype(dtype):

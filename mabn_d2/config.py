@@ -1,0 +1,27 @@
+"""The config node of this package."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_mabn_config(cfg):
+    """Add MODEL.MABN, and SOLVER.OPTIMIZER, to a Detectron2 config; symbols are the paper's."""
+    cfg.MODEL.MABN = CN()
+    # B, images in one normalization batch. 0: the images of one GPU, SOLVER.IMS_PER_BATCH / workers.
+    cfg.MODEL.MABN.BATCH_SIZE = 0
+    # Images that the moving averages (SMAS) span: the window is m = SIMULATED_BATCH_SIZE / B
+    # iterations.
+    cfg.MODEL.MABN.SIMULATED_BATCH_SIZE = 32
+    # alpha, the share of the old value that the running variance (EMAS) keeps.
+    cfg.MODEL.MABN.MOMENTUM = 0.98
+    # T, iterations that use the statistics of their own batch.
+    cfg.MODEL.MABN.WARMUP_ITERS = 100
+    # Iterations with r = 1, at least WARMUP_ITERS. For 90,000 iterations or more; scale it with the
+    # length of shorter schedules.
+    cfg.MODEL.MABN.CLIP_START = 1000
+    # lambda, r stays within [1 / CLIP_LIMIT, CLIP_LIMIT].
+    cfg.MODEL.MABN.CLIP_LIMIT = 5.0
+    # epsilon, added to every second moment.
+    cfg.MODEL.MABN.EPS = 1e-5
+
+    # "SGD" or "ADAMW", both with the settings of SOLVER (MOMENTUM and NESTEROV are SGD's).
+    cfg.SOLVER.OPTIMIZER = "SGD"

@@ -1,0 +1,108 @@
+"""ResNet and ResNet-FPN backbones whose every norm is MABN."""
+
+import fvcore.nn.weight_init as weight_init
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, BasicStem, ResNet
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from torch import nn
+
+from .norm import NORM, configure_mabn, norm_settings
+
+BLOCKS_PER_STAGE = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+@BACKBONE_REGISTRY.register()
+def build_mabn_resnet_backbone(cfg, input_shape):
+    """Build a ResNet with MABN behind every convolution, its weights in the published init.
+
+    MODEL.RESNETS is read as by Detectron2's `build_resnet_backbone`, except that
+
+    - the norm is MABN, whether NORM says "MABN" or is left at Detectron2's default;
+    - the basic-block depths (10, 18, 34) take any STEM_OUT_CHANNELS and RES2_OUT_CHANNELS.
+
+    Raises:
+        ValueError: for a setting that this backbone does not have.
+    """
+    node = cfg.MODEL.RESNETS
+    basic = node.DEPTH < 50
+    _check(node.DEPTH in BLOCKS_PER_STAGE, cfg, "MODEL.RESNETS.DEPTH", f"of {[*BLOCKS_PER_STAGE]}")
+    _check(node.NORM in (NORM, "FrozenBN"), cfg, "MODEL.RESNETS.NORM", '"MABN"')
+    _check(not any(node.DEFORM_ON_PER_STAGE), cfg, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "all False")
+    _check(node.RES5_DILATION in ((1,) if basic else (1, 2)), cfg, "MODEL.RESNETS.RES5_DILATION",
+           "1, or 2 from depth 50 on")
+    _check(not basic or node.NUM_GROUPS == 1, cfg, "MODEL.RESNETS.NUM_GROUPS", "1 below depth 50")
+
+    in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
+    bottleneck_channels = node.NUM_GROUPS * node.WIDTH_PER_GROUP
+    stem = BasicStem(input_shape.channels, in_channels, norm=NORM)
+    stages = []
+    for stage, num_blocks in enumerate(BLOCKS_PER_STAGE[node.DEPTH], start=2):
+        dilation = node.RES5_DILATION if stage == 5 else 1
+        first_stride = 1 if stage == 2 or dilation == 2 else 2
+        kwargs = {"stride_per_block": [first_stride] + [1] * (num_blocks - 1), "norm": NORM}
+        if not basic:
+            kwargs |= {
+                "bottleneck_channels": bottleneck_channels,
+                "num_groups": node.NUM_GROUPS,
+                "stride_in_1x1": node.STRIDE_IN_1X1,
+                "dilation": dilation,
+            }
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock if basic else BottleneckBlock,
+                num_blocks,
+                in_channels=in_channels,
+                out_channels=out_channels,
+                **kwargs,
+            )
+        )
+        in_channels, out_channels = out_channels, out_channels * 2
+        bottleneck_channels *= 2
+
+    resnet = ResNet(stem, stages, out_features=node.OUT_FEATURES)
+    for module in resnet.modules():
+        if isinstance(module, nn.Conv2d):
+            weight_init.c2_xavier_fill(module)  # kaiming_uniform with a = 1, as published
+    resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    return configure_mabn(resnet, **norm_settings(cfg))
+
+
+@BACKBONE_REGISTRY.register()
+def build_mabn_resnet_fpn_backbone(cfg, input_shape):
+    """Build an FPN over `build_mabn_resnet_backbone`, MABN in its convolutions too.
+
+    MODEL.FPN is read as by Detectron2's `build_resnet_fpn_backbone`, except that the norm is MABN
+    whether NORM says so or is left empty, Detectron2's default.
+
+    Raises:
+        ValueError: for a setting that this backbone does not have.
+    """
+    node = cfg.MODEL.FPN
+    _check(node.NORM in (NORM, ""), cfg, "MODEL.FPN.NORM", '"MABN"')
+    fpn = FPN(
+        bottom_up=build_mabn_resnet_backbone(cfg, input_shape),
+        in_features=node.IN_FEATURES,
+        out_channels=node.OUT_CHANNELS,
+        norm=NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=node.FUSE_TYPE,
+    )
+    return configure_mabn(fpn, **norm_settings(cfg))
+
+
+def _check(good, cfg, key, wanted):
+    if not good:
+        value = cfg
+        for name in key.split("."):
+            value = value[name]
+        raise ValueError(
+            f"{key} is {value!r}, which {cfg.MODEL.BACKBONE.NAME} does not support: set it to "
+            f"{wanted}"
+        )
