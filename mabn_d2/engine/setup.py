@@ -1,0 +1,94 @@
+"""From the command line to a config that has been checked before any data is read."""
+
+import yaml
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.layers import get_norm
+from detectron2.utils.file_io import PathManager
+import torch
+
+from ..config import add_mabn_config
+from ..modeling.norm import norm_settings
+
+
+class ConfigError(ValueError):
+    """One line that names the key, its value and what to do."""
+
+
+def setup_config(args):
+    """Return the frozen config of Detectron2's command-line arguments.
+
+    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU.
+
+    Raises:
+        ConfigError: for a file, key or value that can't be used.
+    """
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        raise ConfigError(f"--config-file {args.config_file!r} {args.opts or ''}: {text}") from error
+    if args.num_gpus == 0 or not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    workers = max(args.num_gpus, 1) * args.num_machines
+    check_config(cfg, workers, resume=args.resume, train=not args.eval_only)
+    return cfg
+
+
+def check_config(cfg, workers=1, resume=False, train=True):
+    """Raise ConfigError for what would fail later, or would not fail and be wrong.
+
+    Args:
+        workers: training processes on all machines.
+        resume: weights come from OUTPUT_DIR if a checkpoint is there.
+        train: False where the config is for evaluation only.
+    """
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if train and (images < workers or images % workers):
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {images}, no multiple of the {workers} training processes "
+            "(--num-gpus times --num-machines): change one"
+        )
+    try:
+        norm_settings(cfg)
+        for key, node in _norm_nodes(cfg):
+            try:
+                get_norm(node.NORM, 32)
+            except (KeyError, ValueError) as error:
+                raise ConfigError(f"{key}.NORM: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise ConfigError(
+                    f"DATASETS.{key} names {name!r}, which is not registered: use one of "
+                    f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
+                )
+    weights = cfg.MODEL.WEIGHTS
+    resumes = resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")
+    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
+        raise ConfigError(
+            f"MODEL.WEIGHTS is {weights!r}, which does not exist: "
+            + (
+                "download R50-wc.pth, the ImageNet weights of the MABN authors "
+                "(https://github.com/megvii-model/MABN), and run tools/convert_weights.py "
+                f"imagenet R50-wc.pth {weights}"
+                if weights.endswith("R50-wc.pth")
+                else "correct the path, or set it to '' to start from random weights"
+            )
+        )
+
+
+def _norm_nodes(node, prefix=""):
+    """Yield (key, node) of every node that has a NORM."""
+    for name, value in node.items():
+        if hasattr(value, "items"):
+            key = f"{prefix}{name}"
+            if isinstance(value.get("NORM"), str):
+                yield key, value
+            yield from _norm_nodes(value, f"{key}.")

@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Trains and evaluates Detectron2 models with MABN; the flags are Detectron2's own."""
+
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from mabn_d2.engine import ConfigError, Trainer, setup_config
+
+
+def main(args):
+    cfg = setup_config(args)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        setup_config(args)  # once before workers are spawned, so that an error is said once
+    except ConfigError as error:
+        sys.exit(f"train_net.py: {error}")
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
