@@ -1,10 +1,24 @@
 import os
+import tempfile
+from pathlib import Path
 
 # Before torch is imported: threads that spin while they wait slow shared cores down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    """Keep the datasets of the tests, and of the processes that they start, out of the user's."""
+    config._datasets = tempfile.TemporaryDirectory(prefix="mabn_d2-datasets-")
+    os.environ["DETECTRON2_DATASETS"] = config._datasets.name
+
+
+def pytest_unconfigure(config):
+    config._datasets.cleanup()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -20,3 +34,36 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_scenes(tmp_path_factory):
+    """Register digit scenes of 24 and 6 images as small_scenes_{train,val}."""
+    from mabn_d2.data import register_digit_scenes
+    from mabn_d2.data.digit_scenes import SceneParams
+
+    root = tmp_path_factory.mktemp("scenes")
+    register_digit_scenes(str(root), "small_scenes", SceneParams(num_train=24, num_val=6))
+    return root / "small_scenes"
+
+
+@pytest.fixture
+def digits_cfg(small_scenes, tmp_path):
+    """The digits config, narrower, on the small scenes, on CPU, writing to tmp_path."""
+    from detectron2.config import get_cfg
+
+    from mabn_d2 import add_mabn_config
+
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH = 10
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("small_scenes_train",), ("small_scenes_val",)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SOLVER.MAX_ITER = 4
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return cfg

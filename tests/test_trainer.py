@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from detectron2.evaluation import COCOEvaluator
+
+from mabn_d2.engine import ConfigError, Trainer, check_config
+from mabn_d2.layers import MABN2d
+
+from conftest import ROOT
+
+CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+
+
+def flat(state):
+    """Return every tensor and number of a nested state under its path."""
+    if isinstance(state, dict):
+        state = state.items()
+    elif isinstance(state, (list, tuple)):
+        state = enumerate(state)
+    else:
+        return {(): state}
+    return {(key, *path): value for key, inner in state for path, value in flat(inner).items()}
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_resumed_run_equals_the_straight_one(digits_cfg, tmp_path, amp):
+    digits_cfg.SOLVER.AMP.ENABLED = amp
+    digits_cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.MODEL.MABN.SIMULATED_BATCH_SIZE = 4  # the window fills before the interruption
+    digits_cfg.MODEL.MABN.WARMUP_ITERS = digits_cfg.MODEL.MABN.CLIP_START = 1
+    states = []
+    for name in ("straight", "resumed"):
+        digits_cfg.OUTPUT_DIR = str(tmp_path / name)
+        torch.manual_seed(0)  # as default_setup does before the initial weights are drawn
+        trainer = Trainer(digits_cfg)
+        trainer.resume_or_load(resume=False)
+        if name == "resumed":
+            trainer.max_iter = 2  # its schedule is that of 4 iterations
+            trainer.train()
+            assert (tmp_path / name / "last_checkpoint").read_text() == "model_final.pth"
+            torch.manual_seed(1)
+            trainer = Trainer(digits_cfg)
+            trainer.resume_or_load(resume=True)
+            assert trainer.start_iter == 2
+        trainer.train()
+        model = trainer.model.state_dict()
+        states.append(flat({"model": model, "trainer": trainer.state_dict()["_trainer"]}))
+    straight, resumed = states
+    assert straight.keys() == resumed.keys()
+    for key, value in straight.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert same(value, resumed[key]), key
+
+
+def test_training_moves_every_layer_and_evaluates(digits_cfg):
+    digits_cfg.SOLVER.MAX_ITER = 2
+    trainer = Trainer(digits_cfg)
+    trainer.train()
+    norms = [m for m in trainer.model.modules() if isinstance(m, MABN2d)]
+    assert len(norms) == 12 + 8 + 2 + 2 and all(n.iters == 2 for n in norms)
+    results = trainer._last_eval_results
+    assert np.isfinite([results["bbox"]["AP"], results["segm"]["AP"]]).all()
+    lines = [json.loads(line) for line in open(f"{digits_cfg.OUTPUT_DIR}/metrics.json")]
+    assert "total_loss" in lines[0] and lines[0]["rejected_batches"] == 0
+
+
+def test_evaluators(digits_cfg):
+    (evaluator,) = Trainer.build_evaluator(digits_cfg, "small_scenes_val")._evaluators
+    assert isinstance(evaluator, COCOEvaluator)
+    with pytest.raises(ValueError, match="'lvis'"):
+        Trainer.build_evaluator(digits_cfg, "lvis_v1_val")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SOLVER.IMS_PER_BATCH", 3, "SOLVER.IMS_PER_BATCH is 3"),
+        ("MODEL.FPN.NORM", "MABM", "MODEL.FPN.NORM: unknown norm 'MABM'"),
+        ("MODEL.MABN.BATCH_SIZE", 3, "BATCH_SIZE (3) does not divide"),
+        ("DATASETS.TRAIN", ("coco_2107_train",), "names 'coco_2107_train'"),
+        ("MODEL.WEIGHTS", "no/such.pth", "MODEL.WEIGHTS is 'no/such.pth'"),
+    ],
+)
+def test_check_config(digits_cfg, key, value, message):
+    check_config(digits_cfg, workers=2)
+    digits_cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError) as error:
+        check_config(digits_cfg, workers=2)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def run(*arguments):
+    command = [sys.executable, "tools/train_net.py", "--config-file", CONFIG, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                   "PYTHONWARNINGS": "ignore"}  # Detectron2's own
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_bad_command_is_one_line():
+    for arguments, message in (
+        (["MODEL.MABN.WARMUP", 3], "MODEL.MABN.WARMUP"),
+        (["MODEL.WEIGHTS", "weights/R50-wc.pth"], "convert_weights.py imagenet"),
+        (["SOLVER.IMS_PER_BATCH", 3, "MODEL.WEIGHTS", ""], "multiple of the 2"),
+    ):
+        done = run("--num-gpus", 2, *arguments)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_two_processes_train_resume_and_evaluate(tmp_path):
+    """The command of the README with two gloo ranks: 3 iterations, 2 more, evaluation."""
+    small = ["MODEL.RESNETS.DEPTH", 10, "OUTPUT_DIR", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 3,
+             "TEST.DETECTIONS_PER_IMAGE", 5]
+    base = ["--num-gpus", 2, "--dist-url", "auto"]
+    first = run(*base, *small, "SOLVER.MAX_ITER", 3, "DATASETS.TEST", "()")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = run(*base, "--resume", *small, "SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "Starting training from iteration 3" in second.stdout
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert state["iteration"] == 4
+    assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 5
+    third = run(*base, "--resume", "--eval-only", *small)
+    assert third.returncode == 0, third.stderr[-3000:]
+    assert "copypaste: Task: segm" in third.stdout
