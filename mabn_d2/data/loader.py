@@ -131,4 +131,6 @@ def build_train_loader(cfg, mapper=None):
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        # Its own, for the workers' seeds: starting them must not draw from the model's.
+        generator=torch.Generator().manual_seed(seed),
     )
