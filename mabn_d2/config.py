@@ -22,6 +22,13 @@ def add_mabn_config(cfg):
     cfg.MODEL.MABN.CLIP_LIMIT = 5.0
     # epsilon, added to every second moment.
     cfg.MODEL.MABN.EPS = 1e-5
+    # Average the running variances over the ranks before evaluation and checkpoints. If not, each rank
+    # evaluates by its own and rank 0's are saved, as with Detectron2's BatchNorm.
+    cfg.MODEL.MABN.SYNC_BEFORE_EVAL = False
+
+    # What to do with an image or annotation that can't be used: "stop", with its path or id, or
+    # "skip", logged and counted (the scalar bad_images).
+    cfg.DATALOADER.BAD_INPUT = "stop"
 
     # "SGD" or "ADAMW", both with the settings of SOLVER (MOMENTUM and NESTEROV are SGD's).
     cfg.SOLVER.OPTIMIZER = "SGD"

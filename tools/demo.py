@@ -18,6 +18,7 @@ CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
 def main():
     parser = default_argument_parser()
     parser.set_defaults(config_file=str(Path(__file__).parents[1] / CONFIG))
+    parser.set_defaults(resume=True)  # a second call goes on with the first, or draws it again
     args = parser.parse_args()
     start = time.monotonic()
     cfg = setup_config(args)
@@ -27,7 +28,7 @@ def main():
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 
-    results = trainer.test(cfg, trainer.model) if args.resume else trainer._last_eval_results
+    results = trainer._last_eval_results
     output = Path(cfg.OUTPUT_DIR)
     draw_predictions(cfg, trainer.model, output / "predictions.png")
     plot_run(output, output / "curves.png")

@@ -8,7 +8,8 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mabn_d2.engine import ConfigError, Trainer, setup_config
+from mabn_d2.data import BadAnnotationError
+from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config
 
 
 def main(args):
@@ -30,7 +31,8 @@ def main(args):
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     try:
-        setup_config(args)  # once before workers are spawned, so that an error is said once
-    except ConfigError as error:
+        # Here too, before workers are spawned, so that an error is said once.
+        check_data(setup_config(args), train=not args.eval_only)
+    except (ConfigError, BadAnnotationError) as error:
         sys.exit(f"train_net.py: {error}")
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))

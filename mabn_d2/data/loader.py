@@ -6,6 +6,7 @@ whatever the number of loader workers, so that a resumed run can equal the strai
 """
 
 import itertools
+import logging
 import random
 from contextlib import contextmanager
 
@@ -16,6 +17,10 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+
+
+class BadImageError(RuntimeError):
+    """An image that can't be read or does not fit its annotations."""
 
 
 @contextmanager
@@ -39,15 +44,40 @@ def mix(*numbers):
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Maps records by `mapper`, under a seed that comes with the index."""
+    """Maps records by `mapper`, under a seed that comes with the index.
 
-    def __init__(self, records, mapper):
-        self.records, self.mapper = records, mapper
+    Args:
+        skip_bad: put the next record that can be read in the place of one that can't, and name the
+            latter in the key `bad_images` of the result; if False, it is an error.
+    """
+
+    def __init__(self, records, mapper, skip_bad=False):
+        self.records, self.mapper, self.skip_bad = records, mapper, skip_bad
 
     def __getitem__(self, key):
         index, seed = key
-        with seeded(seed):
-            return self.mapper(self.records[index])
+        bad = []
+        while len(bad) < len(self.records):
+            record = self.records[(index + len(bad)) % len(self.records)]
+            try:
+                with seeded(seed):
+                    mapped = self.mapper(record)
+            except (OSError, ValueError, SyntaxError, AssertionError) as error:
+                # What PIL raises for files that are no image, truncated or damaged, and Detectron2
+                # for those of another size than the annotations say.
+                path = record.get("file_name")
+                if not self.skip_bad:
+                    raise BadImageError(
+                        f"{path} can't be used ({type(error).__name__}: {error}): mend or remove it, "
+                        'or set DATALOADER.BAD_INPUT to "skip"'
+                    ) from error
+                logging.getLogger(__name__).warning(f"{path} is skipped: {error}")
+                bad.append(path)
+            else:
+                if bad:
+                    mapped["bad_images"] = bad
+                return mapped
+        raise BadImageError(f"none of the {len(self.records)} images can be used")
 
     def __len__(self):
         return len(self.records)
@@ -127,7 +157,11 @@ def build_train_loader(cfg, mapper=None):
         seed,
     )
     return torch.utils.data.DataLoader(
-        SeededDataset(DatasetFromList(records, copy=False), mapper or DatasetMapper(cfg, True)),
+        SeededDataset(
+            DatasetFromList(records, copy=False),
+            mapper or DatasetMapper(cfg, True),
+            skip_bad=cfg.DATALOADER.get("BAD_INPUT") == "skip",
+        ),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,

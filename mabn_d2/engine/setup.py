@@ -1,14 +1,22 @@
 """From the command line to a config that has been checked before any data is read."""
 
+import logging
+import tempfile
+
+import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
-import torch
 
 from ..config import add_mabn_config
+from ..data.coco_check import check_coco
 from ..modeling.norm import norm_settings
+
+
+# Keys of MODEL that a resumed run may have otherwise.
+MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.")
 
 
 class ConfigError(ValueError):
@@ -53,6 +61,10 @@ def check_config(cfg, workers=1, resume=False, train=True):
             f"SOLVER.IMS_PER_BATCH is {images}, no multiple of the {workers} training processes "
             "(--num-gpus times --num-machines): change one"
         )
+    if cfg.DATALOADER.BAD_INPUT not in ("stop", "skip"):
+        raise ConfigError(
+            f'DATALOADER.BAD_INPUT is {cfg.DATALOADER.BAD_INPUT!r}: use "stop" or "skip"'
+        )
     try:
         norm_settings(cfg)
         for key, node in _norm_nodes(cfg):
@@ -69,6 +81,8 @@ def check_config(cfg, workers=1, resume=False, train=True):
                     f"DATASETS.{key} names {name!r}, which is not registered: use one of "
                     f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
                 )
+    if train:
+        _check_output(cfg, resume)
     weights = cfg.MODEL.WEIGHTS
     resumes = resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")
     if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
@@ -82,6 +96,66 @@ def check_config(cfg, workers=1, resume=False, train=True):
                 else "correct the path, or set it to '' to start from random weights"
             )
         )
+
+
+def check_data(cfg, train=True):
+    """Check the COCO files of DATASETS, as far as they are there already.
+
+    Raises:
+        BadAnnotationError: for what DATALOADER.BAD_INPUT "skip" can't or may not leave out.
+    """
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if train else cfg.DATASETS.TEST
+    for name in dict.fromkeys(names):
+        metadata = MetadataCatalog.get(name)
+        json_file = metadata.get("json_file")
+        if json_file and PathManager.isfile(json_file):
+            skip = cfg.DATALOADER.BAD_INPUT == "skip"
+            for problem in check_coco(json_file, metadata.image_root, skip):
+                logging.getLogger(__name__).warning(f"{name}: {problem}")
+
+
+def _check_output(cfg, resume):
+    """OUTPUT_DIR can be written to, and holds no other run."""
+    folder = cfg.OUTPUT_DIR
+    try:
+        PathManager.mkdirs(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder!r} can't be written to: {error}") from error
+    if not PathManager.isfile(f"{folder}/last_checkpoint"):
+        return
+    if not resume:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder!r} holds the checkpoints of a run: add --resume to go on with it, "
+            "or name another folder"
+        )
+    if not PathManager.isfile(f"{folder}/config.yaml"):
+        return
+    try:
+        with PathManager.open(f"{folder}/config.yaml") as file:
+            other = yaml.safe_load(file)["MODEL"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{folder}/config.yaml is not one of this program ({error}): name another OUTPUT_DIR"
+        ) from error
+    # What must be the same for a checkpoint to fit; schedules may be changed. Both from YAML, which
+    # has no tuples.
+    model = yaml.safe_load(cfg.MODEL.dump())
+    keys = [k for k in _differences(model, other, "MODEL") if not k.startswith(MAY_CHANGE)]
+    if keys:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder!r} holds a run with other {', '.join(keys[:5])}: name another folder"
+        )
+
+
+def _differences(node, other, prefix):
+    for name in sorted({*node, *other}):
+        key, value, theirs = f"{prefix}.{name}", node.get(name), other.get(name)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            yield from _differences(value, theirs, key)
+        elif value != theirs:
+            yield key
 
 
 def _norm_nodes(node, prefix=""):

@@ -7,7 +7,7 @@ import weakref
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -15,23 +15,12 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ..data.loader import build_train_loader, mix
+from ..data.loader import build_train_loader
 from ..solver import build_optimizer
-from .step import GuardedTrainer
-
-
-class SeedEachIteration(HookBase):
-    """Seeds all generators before every iteration, so that a resumed run draws what the straight
-    one drew (samples of anchors and RoIs, dropout)."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def before_step(self):
-        seed_all_rng(mix(self.seed, comm.get_rank(), self.trainer.iter))
+from .hooks import SeedEachIteration, StopOnSignal, SyncStatistics
+from .step import GuardedDDP, GuardedTrainer
 
 
 class Trainer(DefaultTrainer):
@@ -41,8 +30,9 @@ class Trainer(DefaultTrainer):
     bad batches are skipped (`GuardedTrainer`); evaluators for COCO; and with SEED >= 0 a resumed
     run equals the straight one (exactly so on CPU).
 
-    Each rank has MABN statistics of its own, as it has BatchNorm's in Detectron2; rank 0's are
-    evaluated by rank 0 and saved.
+    Each rank has MABN statistics of its own, as it has BatchNorm's in Detectron2: each evaluates its
+    share of the images by its own, and rank 0's are saved. With MODEL.MABN.SYNC_BEFORE_EVAL the
+    running variances are averaged over the ranks first.
     """
 
     def __init__(self, cfg):
@@ -53,9 +43,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        devices = {"device_ids": None} if on_cpu else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        if comm.get_world_size() > 1:
+            on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+            devices = None if on_cpu else [comm.get_local_rank()]
+            model = GuardedDDP(model, device_ids=devices, broadcast_buffers=False)
         self._trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A proxy, because the checkpointer would otherwise keep the trainer alive, and it the model.
@@ -71,8 +62,13 @@ class Trainer(DefaultTrainer):
         self.data_loader.batch_sampler.start = self.start_iter
 
     def build_hooks(self):
-        seeds = [SeedEachIteration(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
-        return [*seeds, *super().build_hooks()]
+        ours = []
+        if self.cfg.SEED >= 0:
+            ours.append(SeedEachIteration(self.cfg.SEED))
+        if self.cfg.MODEL.MABN.SYNC_BEFORE_EVAL:
+            periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+            ours.append(SyncStatistics(self.model, periods))
+        return [*ours, *super().build_hooks(), StopOnSignal(self.checkpointer)]
 
     @classmethod
     def build_optimizer(cls, cfg, model):

@@ -1,0 +1,188 @@
+"""Faults injected into training: each must end as README's table of guarantees says."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from mabn_d2.data.loader import BadImageError, build_train_loader
+from mabn_d2.engine import ConfigError, Trainer, check_config, step
+from mabn_d2.layers import MABN2d
+
+from conftest import ROOT
+
+
+def inject(trainer, at, change):
+    """Change the batches of the given iterations."""
+    batches = iter(trainer.data_loader)
+
+    def changed():
+        for iteration, batch in enumerate(batches):
+            if iteration in at:
+                for record in batch:
+                    change(record)
+            yield batch
+
+    trainer._trainer._data_loader_iter_obj = changed()
+
+
+def poison(record):
+    record["image"] = record["image"].float()
+    record["image"][:, 3, 3] = torch.nan
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_batches_with_nan_are_rejected(digits_cfg, amp):
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.AMP.ENABLED = amp
+    digits_cfg.SOLVER.MAX_ITER = 6
+    trainer = Trainer(digits_cfg)
+    inject(trainer, {2, 4}, poison)
+    seen = []
+    trainer._hooks[0].before_step, seed = (
+        lambda: (seed(), seen.append({k: v.clone() for k, v in trainer.model.state_dict().items()})),
+        trainer._hooks[0].before_step,
+    )
+    trainer.train()
+    assert trainer._trainer.rejected == 2
+    for name, value in seen[3].items():  # iteration 2 has changed nothing
+        assert torch.equal(value, seen[2][name]) or "fpn" in name or "bottom_up" not in name, name
+    parameters = {name for name, _ in trainer.model.named_parameters()}
+    assert all(torch.equal(seen[3][n], seen[2][n]) for n in parameters)
+    assert not torch.equal(seen[4]["backbone.fpn_output2.weight"],
+                           seen[3]["backbone.fpn_output2.weight"])
+    assert all(v.isfinite().all() for v in trainer.model.state_dict().values())
+    stem = trainer.model.backbone.bottom_up.stem.conv1.norm
+    assert stem.iters == 4 and stem.rejected == 2
+
+
+def test_nothing_but_nan_ends_the_run(digits_cfg, monkeypatch):
+    digits_cfg.SOLVER.MAX_ITER = 50
+    monkeypatch.setattr(step, "MAX_REJECTED", 3)
+    trainer = Trainer(digits_cfg)
+    inject(trainer, range(50), poison)
+    with pytest.raises(FloatingPointError, match="3th batch in a row"):
+        trainer.train()
+    assert trainer.iter == 2
+
+
+def test_images_without_objects(digits_cfg):
+    digits_cfg.DATASETS.TEST = ()
+    trainer = Trainer(digits_cfg)
+    inject(trainer, {1, 2}, lambda record: record.update(instances=record["instances"][:0]))
+    trainer.train()
+    assert trainer._trainer.rejected == 0
+    assert all(v.isfinite().all() for v in trainer.model.state_dict().values())
+
+
+def damage(kind, path):
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "text":
+        path.write_text("no image")
+    elif kind == "other size":
+        Image.open(path).resize((40, 30)).save(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "other size"])
+def test_bad_image(digits_cfg, tmp_path, kind):
+    records = [dict(r) for r in DatasetCatalog.get("small_scenes_train")]
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(open(records[0]["file_name"], "rb").read())
+    records[0]["file_name"] = str(bad)
+    damage(kind, bad)
+    name = f"bad_{kind}"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=list("0123456789"))
+    digits_cfg.DATASETS.TRAIN, digits_cfg.DATASETS.TEST = (name,), ()
+    digits_cfg.SOLVER.MAX_ITER = 12  # every image once
+    try:
+        with pytest.raises(BadImageError, match="bad.jpg can't be used"):
+            list(zip(range(12), build_train_loader(digits_cfg)))
+        digits_cfg.DATALOADER.BAD_INPUT = "skip"
+        trainer = Trainer(digits_cfg)
+        trainer.train()
+        assert trainer._trainer.bad_images == 1
+    finally:
+        DatasetCatalog.remove(name)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "I;16"])
+def test_unusual_images_are_read(digits_cfg, tmp_path, mode):
+    record = dict(DatasetCatalog.get("small_scenes_train")[0])
+    image = Image.open(record["file_name"])
+    image = Image.new(mode, image.size) if mode == "I;16" else image.convert(mode)
+    record["file_name"] = str(tmp_path / ("image.png" if mode == "I;16" else "image.jpg"))
+    image.save(record["file_name"])
+    from detectron2.data import DatasetMapper
+
+    assert DatasetMapper(digits_cfg, True)(record)["image"].shape == (3, 144, 144)
+
+
+def test_output_folder_of_another_run(digits_cfg, tmp_path):
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER = 1
+    folder = tmp_path / "output"
+    Trainer(digits_cfg).train()
+    (folder / "config.yaml").write_text(digits_cfg.dump())
+    saved = (folder / "model_final.pth").read_bytes()
+    with pytest.raises(ConfigError, match="add --resume"):
+        check_config(digits_cfg)
+    check_config(digits_cfg, resume=True)
+    digits_cfg.SOLVER.MAX_ITER = 2
+    check_config(digits_cfg, resume=True)
+    digits_cfg.MODEL.FPN.OUT_CHANNELS = 32
+    with pytest.raises(ConfigError, match="other MODEL.FPN.OUT_CHANNELS"):
+        check_config(digits_cfg, resume=True)
+    digits_cfg.OUTPUT_DIR = str(folder / "config.yaml" / "below")
+    with pytest.raises(ConfigError, match="can't be written to"):
+        check_config(digits_cfg)
+    assert (folder / "model_final.pth").read_bytes() == saved
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_writes_a_checkpoint(digits_cfg, number):
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER = 100000
+    before = signal.getsignal(number)
+    trainer = Trainer(digits_cfg)
+    threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    resumed = Trainer(digits_cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == trainer.iter + 1
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name])
+
+
+def test_statistics_are_averaged_over_ranks_of_different_data(tmp_path):
+    """Two "machines": processes of their own that meet on loopback, one without objects."""
+    script = ROOT / "tests" / "two_ranks.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=250)[0] for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    states = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
+    saved = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)["model"]
+    for name, value in states[0].items():
+        assert value.isfinite().all()
+        if "buffer_" in name or "iters" in name:
+            continue  # each rank's own: one has rejected a batch in its layers, one by its gradients
+        assert torch.equal(value, states[1][name]), name
+        assert torch.equal(value, saved[name]), name
+    first = "backbone.bottom_up.stem.conv1.norm.buffer_x2"
+    assert not torch.equal(states[0][first], states[1][first])
