@@ -67,3 +67,8 @@ def digits_cfg(small_scenes, tmp_path):
     cfg.SOLVER.MAX_ITER = 4
     cfg.OUTPUT_DIR = str(tmp_path / "output")
     return cfg
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param

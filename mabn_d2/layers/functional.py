@@ -45,7 +45,6 @@ def advance(
     buffer_x2: torch.Tensor,
     running_var: torch.Tensor,
     iters: torch.Tensor,
-    rejected: torch.Tensor,
     eps: float,
     momentum: float,
     warmup_iters: int,
@@ -57,9 +56,8 @@ def advance(
 
     Args:
         x2: (C,) mean(x^2) of the input.
-        accepted: (1,) bool; where False the input enters neither window nor running_var and only
-            `rejected` counts it.
-        buffer_x2, running_var, iters, rejected: the layer's state, (m, C), (C,), (1,), (1,).
+        accepted: (1,) bool; where False the input enters neither window nor running_var.
+        buffer_x2, running_var, iters: the layer's state, (m, C), (C,), (1,).
         eps, momentum, warmup_iters, clip_start, clip_limit: see MABN2d.
 
     Returns:
@@ -77,19 +75,18 @@ def advance(
         target = torch.where(accepted, var.to(running_var.dtype), running_var)
         running_var.lerp_(target, 1 - momentum)
         iters.add_(accepted)
-        rejected.add_(~accepted)
     return var, r, slot, plain
 
 
 # For torch.compile: its partitioner would compute r again in the backward, from a running_var that
 # has moved since. What an operator of its own returns is kept.
 advance_op = torch.library.custom_op(
-    "mabn_d2::advance", advance, mutates_args=("buffer_x2", "running_var", "iters", "rejected")
+    "mabn_d2::advance", advance, mutates_args=("buffer_x2", "running_var", "iters")
 )
 
 
 @advance_op.register_fake
-def _(x2, accepted, buffer_x2, running_var, iters, rejected, *arguments):
+def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
     slot = torch.empty_like(iters)
     return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
 

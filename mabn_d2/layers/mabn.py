@@ -206,17 +206,18 @@ class MABN2d(nn.Module):
 
     def _statistics(self, x2, counts):
         """Return the Statistics of an input with mean square x2 (C,), and count it if `counts`."""
+        finite = x2.isfinite().all(0, keepdim=True)
         if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
-            return self._advance(x2, x2.isfinite().all(0, keepdim=True), counts)
+            return self._advance(x2, finite, ~finite, counts)
         # A forward within a backward is one that activation checkpointing repeats.
         if self._records and torch._C._current_graph_task_id() != -1:
-            return self._repeat(x2)
-        statistics = self._advance(x2, x2.isfinite().all(0, keepdim=True), counts)
+            return self._repeat(x2, finite)
+        statistics = self._advance(x2, finite, ~finite, counts)
         if not torch.is_inference_mode_enabled():
-            self._records.append(statistics)
+            self._records.appendleft(statistics)
         return statistics
 
-    def _advance(self, x2, accepted, counts=True):
+    def _advance(self, x2, accepted, rejected, counts=True):
         compiling = torch.compiler.is_compiling()
         advance = functional.advance_op if compiling else functional.advance
         chosen = advance(
@@ -225,7 +226,6 @@ class MABN2d(nn.Module):
             self.buffer_x2,
             self.running_var,
             self.iters,
-            self.rejected,
             self.eps,
             self.momentum,
             self.warmup_iters,
@@ -233,18 +233,22 @@ class MABN2d(nn.Module):
             self.clip_limit,
             counts,
         )
+        if counts:
+            self.rejected.add_(rejected)
         return Statistics(x2, *chosen, torch.full_like(accepted, counts))
 
-    def _repeat(self, x2):
+    def _repeat(self, x2, finite):
         """Return the Statistics of the forward that is repeated; count it if it was not.
 
         Reentrant checkpointing runs the first forward without gradients, so that one has not been
-        counted. The record is found on the device: the one whose x2 is nearest.
+        counted. The record is found on the device: the last one whose x2 is nearest.
         """
         stacked = Statistics(*map(torch.stack, zip(*self._records, strict=True)))
-        distance = (stacked.x2 - x2).abs().sum(1).nan_to_num(nan=torch.inf)
-        first = Statistics(*(field[distance.argmin()] for field in stacked))
-        now = self._advance(x2, x2.isfinite().all(0, keepdim=True) & ~first.counted)
+        distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().sum(1)
+        nearest = distance.argmin(0, keepdim=True)
+        first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
+        new = ~first.counted
+        now = self._advance(x2, finite & new, ~finite & new)
         return first._replace(slot=torch.where(first.counted, first.slot, now.slot))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
