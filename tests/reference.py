@@ -85,3 +85,16 @@ class Reference:
             psi = sum(self.ring_g) / m
         dx = (g - z * psi[:, None]) / (v + self.eps).sqrt()[:, None]
         return as_maps(dx, dy), (rows * r[:, None] * z).sum(1), rows.sum(1)
+
+
+def train(layer, iterations=1):
+    """Run some iterations, forward and backward, on random images."""
+    for _ in range(iterations):
+        x = torch.randn(2, layer.num_features, 4, 5, requires_grad=True)
+        layer(x).pow(3).sum().backward()
+    return layer
+
+
+def assert_equal_state(layer, expected):
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, expected[name].reshape(value.shape)), name

@@ -96,9 +96,8 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, var, r, eps, relu, psi_window, slot, plain):
-        scale = r * weight
-        shift = bias.to(scale.dtype)
-        y = kernels.scale_shift(x, scale, shift, var, eps)
+        scale = r * weight.to(r.dtype)
+        y = kernels.scale_shift(x, scale, bias.to(r.dtype), var, eps)
         ctx.save_for_backward(x, weight, bias, var, r, slot, plain)
         # Written to in the backward, which the checks of save_for_backward forbid.
         ctx.psi_window, ctx.eps, ctx.relu = psi_window, eps, relu
@@ -108,11 +107,11 @@ class _MABN(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias, var, r, slot, plain = ctx.saved_tensors
-        scale = r * weight
+        scale = r * weight.to(r.dtype)
         dy = kernels.dense_like(dy, x)
         if ctx.relu:
             # The sign of y is computed again: cheaper than keeping y when nothing else does.
-            y = kernels.scale_shift(x, scale, bias.to(scale.dtype), var, ctx.eps)
+            y = kernels.scale_shift(x, scale, bias.to(r.dtype), var, ctx.eps)
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
         dyz, dbias = kernels.product_sums(dy, x, var, ctx.eps)
 
