@@ -17,6 +17,12 @@ import torch.nn.functional as F
 from . import kernels
 
 
+def is_finite(vector):
+    """Return whether all elements of a (C,) vector are finite, as a (1,) bool."""
+    # One reduction; isfinite().all() takes five operations.
+    return torch.linalg.vector_norm(vector, torch.inf, dim=0, keepdim=True) < torch.inf
+
+
 def push(window, slot, value, accepted):
     """Write value (C,) into window[slot] where `accepted`, in place, and return the window's mean.
 
@@ -70,7 +76,7 @@ def advance(
     mean = push(buffer_x2 if counts else buffer_x2.clone(), slot, x2, accepted)
     var = torch.where(plain, x2, mean.to(x2.dtype))
     r = renorm(var, running_var.to(var.dtype), eps, clip_limit)
-    r = torch.where(t <= max(clip_start, warmup_iters), torch.ones_like(r), r)
+    r = torch.where(t <= max(clip_start, warmup_iters), 1.0, r)
     if counts:
         target = torch.where(accepted, var.to(running_var.dtype), running_var)
         running_var.lerp_(target, 1 - momentum)
@@ -96,36 +102,35 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, var, r, eps, relu, psi_window, slot, plain):
-        scale = r * weight.to(r.dtype)
-        y = kernels.scale_shift(x, scale, bias.to(r.dtype), var, eps)
-        ctx.save_for_backward(x, weight, bias, var, r, slot, plain)
+        var = var + eps
+        r_std = r * var.rsqrt()
+        scale, shift = r_std * weight.to(r.dtype), bias.to(r.dtype)
+        y = kernels.scale_shift(x, scale, shift)
+        ctx.save_for_backward(x, scale, shift, var, r_std, slot, plain)
         # Written to in the backward, which the checks of save_for_backward forbid.
-        ctx.psi_window, ctx.eps, ctx.relu = psi_window, eps, relu
+        ctx.psi_window, ctx.relu, ctx.dtypes = psi_window, relu, (weight.dtype, bias.dtype)
         return y.relu_() if relu else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, bias, var, r, slot, plain = ctx.saved_tensors
-        scale = r * weight.to(r.dtype)
+        x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
         dy = kernels.dense_like(dy, x)
         if ctx.relu:
             # The sign of y is computed again: cheaper than keeping y when nothing else does.
-            y = kernels.scale_shift(x, scale, bias.to(r.dtype), var, ctx.eps)
-            dy = torch.ops.aten.threshold_backward(dy, y, 0)
-        dyz, dbias = kernels.product_sums(dy, x, var, ctx.eps)
+            dy = torch.ops.aten.threshold_backward(dy, kernels.scale_shift(x, scale, shift), 0)
+        dyx, dbias = kernels.product_sums(dy, x)
 
-        psi = dyz * scale / (x.numel() // x.shape[1])  # mean(g * z), g = dy * weight * r
-        window_mean = push(ctx.psi_window, slot, psi, psi.isfinite().all())
+        psi = (dyx * scale).div_(x.numel() // x.shape[1])  # mean(g * z), g = dy * weight * r
+        window_mean = push(ctx.psi_window, slot, psi, is_finite(psi))
         psi = torch.where(plain, psi, window_mean.to(psi.dtype))
 
         dx = None
         if ctx.needs_input_grad[0]:
             # dx = (g - z * psi) / sqrt(var + eps)
-            inv_std = (var + ctx.eps).rsqrt_()
-            dx = kernels.combine(dy, x, scale * inv_std, -psi * inv_std, var, ctx.eps)
-        dweight = (dyz * r).to(weight.dtype)
-        return dx, dweight, dbias.to(bias.dtype), *(None,) * 7
+            dx = kernels.combine(dy, x, scale, psi.div_(var).neg_())
+        weight_dtype, bias_dtype = ctx.dtypes
+        return dx, dyx.mul_(r_std).to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
 
 
 def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False):

@@ -1,17 +1,16 @@
 """The passes over whole activations: two reductions and two per-channel combinations.
 
-All of them are torch's own batch-norm kernels in their evaluation form, with a mean of zero: the
-statistics are then arguments, so each call is exactly one pass, and it is vectorized, threaded and
-aware of memory format on every device. The forms that look more natural (`x.square().mean`,
-`torch.var_mean`, `batch_norm_update_stats`) measured 1.5 to 10 times slower on CPU.
+Most are torch's own batch-norm kernels in their evaluation form, with a mean of zero and a variance
+of one: exactly one pass, vectorized, threaded and aware of memory format on every device. What looks
+more natural (`x.square().mean`, `torch.var_mean`, `batch_norm_update_stats`) measured 1.5 to 10 times
+slower on CPU. There, in float32, some combinations are still faster by `mul` and `addcmul`; in half
+precision those would round the vectors.
 
 Activations are (N, C, H, W) with at least one element, per-channel vectors (C,), in float32 where
 activations are float16, bfloat16 or float32, and in float64 where they are float64.
 """
 
 import torch
-
-NO_MOMENTUM = 0.0  # running statistics are left alone in evaluation form
 
 
 def dense(x):
@@ -33,28 +32,45 @@ def dense_like(dy, x):
 
 
 def mean_square(x):
-    """Return mean(x^2) over N, H, W. It is the weight's gradient of x * weight at dy = x."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    ones = torch.ones(x.shape[1], dtype=dtype, device=x.device)
-    total, _ = product_sums(x, x, ones, 0.0)
-    return total / (x.numel() // x.shape[1])
+    """Return mean(x^2) over N, H, W."""
+    return product_sums(x, x)[0].div_(x.numel() // x.shape[1])
 
 
-def scale_shift(x, weight, bias, var, eps):
-    """Return weight * x / sqrt(var + eps) + bias in the dtype and memory format of x."""
-    mean = torch.zeros_like(var)
-    return torch.native_batch_norm(x, weight, bias, mean, var, False, NO_MOMENTUM, eps)[0]
-
-
-def product_sums(dy, x, var, eps):
-    """Return sum(dy * x) / sqrt(var + eps) and sum(dy) over N, H, W."""
-    mean = torch.zeros_like(var)
+def product_sums(dy, x):
+    """Return sum(dy * x) and sum(dy) over N, H, W."""
+    # They are the gradients of weight and bias in x * weight + bias.
+    mean, var = _standard(x)
     return torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, mean, var, None, None, False, eps, [False, True, True]
+        dy, x, None, mean, var, None, None, False, 0.0, [False, True, True]
     )[1:]
 
 
-def combine(dy, x, weight_dy, weight_x, var, eps):
-    """Return weight_dy * dy + weight_x * x / sqrt(var + eps) in the dtype and format of x."""
-    out = scale_shift(x, weight_x, None, var, eps)
-    return out.addcmul_(dy, weight_dy.to(x.dtype)[:, None, None])
+def scale_shift(x, scale, shift=None):
+    """Return scale * x + shift in the dtype and memory format of x."""
+    if shift is not None and _is_full_precision_on_cpu(x) and not x.is_contiguous():
+        return torch.addcmul(maps(shift), x, maps(scale))  # twice as fast in channels_last
+    mean, var = _standard(x)
+    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]
+
+
+def combine(dy, x, scale_dy, scale_x):
+    """Return scale_dy * dy + scale_x * x in the dtype and memory format of x."""
+    out = x * maps(scale_x) if _is_full_precision_on_cpu(x) else scale_shift(x, scale_x)
+    # In half precision scale_dy is rounded, for it is the one that can't overflow.
+    return out.addcmul_(dy, maps(scale_dy.to(x.dtype)))
+
+
+def maps(vector):
+    """Return a (C,) vector as it broadcasts over (N, C, H, W)."""
+    return vector[:, None, None]
+
+
+def _is_full_precision_on_cpu(x):
+    return x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+
+
+def _standard(x):
+    """Return the mean (zeros) and variance (ones) that leave x as it is."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    like = {"dtype": dtype, "device": x.device}
+    return torch.zeros(x.shape[1], **like), torch.ones(x.shape[1], **like)

@@ -206,7 +206,7 @@ class MABN2d(nn.Module):
 
     def _statistics(self, x2, counts):
         """Return the Statistics of an input with mean square x2 (C,), and count it if `counts`."""
-        finite = x2.isfinite().all(0, keepdim=True)
+        finite = functional.is_finite(x2)
         if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
             return self._advance(x2, finite, ~finite, counts)
         # A forward within a backward is one that activation checkpointing repeats.
