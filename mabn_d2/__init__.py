@@ -10,9 +10,29 @@ __version__ = "0.1.0"
 
 if find_spec("detectron2"):
     from . import modeling  # noqa: F401 (for its registration)
+    from .checkpoint import (
+        CheckpointError,
+        SafeCheckpointer,
+        convert_detector,
+        convert_imagenet,
+        fold_mabn,
+        update_mabn_stats,
+        warn_of_differences,
+    )
     from .config import add_mabn_config
     from .data import register_digit_scenes
     from .modeling import configure_mabn
 
     register_digit_scenes()
-    __all__ = ["add_mabn_config", "configure_mabn", "register_digit_scenes"]
+    __all__ = [
+        "CheckpointError",
+        "SafeCheckpointer",
+        "add_mabn_config",
+        "configure_mabn",
+        "convert_detector",
+        "convert_imagenet",
+        "fold_mabn",
+        "register_digit_scenes",
+        "update_mabn_stats",
+        "warn_of_differences",
+    ]

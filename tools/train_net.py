@@ -3,11 +3,11 @@
 
 import sys
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from mabn_d2 import CheckpointError, SafeCheckpointer, warn_of_differences
 from mabn_d2.data import BadAnnotationError
 from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config
 
@@ -17,8 +17,9 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        warn_of_differences(checkpointer.record, cfg)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -35,4 +36,7 @@ if __name__ == "__main__":
         check_data(setup_config(args), train=not args.eval_only)
     except (ConfigError, BadAnnotationError) as error:
         sys.exit(f"train_net.py: {error}")
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+    try:
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+    except CheckpointError as error:
+        sys.exit(f"train_net.py: {error}")

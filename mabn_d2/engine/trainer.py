@@ -5,7 +5,6 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import (
@@ -17,9 +16,10 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..checkpoint import SafeCheckpointer, layers_to_recalibrate, warn_of_differences
 from ..data.loader import build_train_loader
 from ..solver import build_optimizer
-from .hooks import SeedEachIteration, StopOnSignal, SyncStatistics
+from .hooks import RecalibrateMABN, SeedEachIteration, StopOnSignal, SyncStatistics
 from .step import GuardedDDP, GuardedTrainer
 
 
@@ -50,15 +50,14 @@ class Trainer(DefaultTrainer):
         self._trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A proxy, because the checkpointer would otherwise keep the trainer alive, and it the model.
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
+        warn_of_differences(self.checkpointer.record, self.cfg)
         self.data_loader.batch_sampler.start = self.start_iter
 
     def build_hooks(self):
@@ -68,6 +67,12 @@ class Trainer(DefaultTrainer):
         if self.cfg.MODEL.MABN.SYNC_BEFORE_EVAL:
             periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
             ours.append(SyncStatistics(self.model, periods))
+        if self.cfg.TEST.PRECISE_BN.ENABLED and layers_to_recalibrate(self.model):
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.DATALOADER.NUM_WORKERS = 0  # as for Detectron2's own PreciseBN
+            loader, num_iters = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
+            ours.append(RecalibrateMABN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iters))
         return [*ours, *super().build_hooks(), StopOnSignal(self.checkpointer)]
 
     @classmethod

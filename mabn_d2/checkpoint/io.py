@@ -1,0 +1,227 @@
+"""Checkpoint files: read without running code, written whole or not at all."""
+
+import os
+import pickle
+import pickletools
+import re
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SUFFIXES = (".pth", ".pkl")
+_TORCH_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of files older than zip
+
+
+class CheckpointError(ValueError):
+    """One line that names the file or the entries, what is wrong and what to do."""
+
+
+def _encode(text, encoding):
+    """`_codecs.encode`, which protocol 2 stores bytes by; other encodings could unpack a bomb."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _DType:
+    """Stands for numpy.dtype, whose own __setstate__ trusts what it is given."""
+
+    def __init__(self, code, *flags):
+        if not re.fullmatch("[<>|=]?[biuf][1248]", code):
+            raise pickle.UnpicklingError(f"arrays of {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy.ndarray; `array` is there after __setstate__."""
+
+    def __init__(self, cls, shape, code):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, dtype, is_fortran, data = state
+        self.array = _array(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _array(data, dtype, shape=(), order="C"):
+    if isinstance(data, str):  # bytes of Python 2
+        data = data.encode("latin1")
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order).copy(order="K")
+
+
+def _plain(value):
+    """Return value with every _Array in its containers replaced by the array."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, (_DType, type)):
+        raise pickle.UnpicklingError(f"{value} is no weight")
+    return value.array if isinstance(value, _Array) else value
+
+
+_ALLOWED = {
+    "collections.OrderedDict": OrderedDict,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _DType,
+    "_codecs.encode": _encode,
+}
+for _core in ("_core", "core"):  # of numpy 2 and of numpy 1
+    _ALLOWED[f"numpy.{_core}.multiarray._reconstruct"] = _Array
+    _ALLOWED[f"numpy.{_core}.multiarray.scalar"] = lambda dtype, data: _array(data, dtype)[()]
+    _ALLOWED[f"numpy.{_core}.numeric._frombuffer"] = _array
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows plain containers and numpy arrays; any other name ends the reading."""
+
+    def find_class(self, module, name):
+        full_name = f"{module}.{name}"
+        if full_name not in _ALLOWED:
+            raise _Refused(full_name)
+        return _ALLOWED[full_name]
+
+
+class _Refused(pickle.UnpicklingError):
+    pass
+
+
+def read_checkpoint(path):
+    """Return what a checkpoint file holds: plain containers, tensors on the CPU, numpy arrays.
+
+    torch's files (zip or older) are read with `weights_only`; any other is a pickle of plain
+    containers and numpy arrays, as in the model zoos of Detectron and Detectron2.
+
+    Raises:
+        CheckpointError: for a file that is not there, is damaged, or would run code, which is not
+            run but named.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
+    with file:
+        try:
+            return _read(file)
+        except Exception as error:  # a damaged file makes the readers raise anything
+            refused = _refused_name(error)
+            if refused:
+                raise CheckpointError(
+                    f"{path} is refused, and nothing of it was run: it asks for {refused}, which "
+                    "weights don't need; use a file from a source that you trust, of tensors only"
+                ) from error
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise CheckpointError(
+                f"{path} is no whole checkpoint ({reason}): copy or download it again"
+            ) from error
+
+
+def _read(file):
+    start = file.read(64)
+    if start.startswith(b"PK"):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch itself would load the wrong numbers
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    elif _TORCH_MAGIC not in start:
+        return _read_arrays(file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _read_arrays(file):
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    for opcode, argument, _ in pickletools.genops(file):
+        # Unpickling would reserve memory for as many entries.
+        if opcode.name in ("PUT", "LONG_BINPUT") and argument > size:
+            raise pickle.UnpicklingError(f"memo index {argument}")
+    file.seek(0)
+    return _plain(_ArrayUnpickler(file, encoding="latin1").load())
+
+
+def _refused_name(error):
+    """Return the name that the unpicklers refused, or None for another error."""
+    if isinstance(error, _Refused):
+        return str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)", str(error))
+        return found and (found[1] or found[2])
+    return None
+
+
+def check_output(path, source=None, overwrite=False):
+    """Raise CheckpointError if `path` can't be written; before anything else is done.
+
+    Args:
+        source: the file that is read, never written onto.
+        overwrite: whether `path` may exist.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"the output {path} must end in {' or '.join(SUFFIXES)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise CheckpointError(f"the output {path} must be a file in a folder that exists")
+    if path.exists():
+        if source is not None and path.samefile(source):
+            raise CheckpointError(f"the output {path} is the input: name another file")
+        if not overwrite:
+            raise CheckpointError(f"the output {path} exists: name another, or add --overwrite")
+
+
+def write_checkpoint(checkpoint, path):
+    """Write {"model": state dict, ...} to a `.pth`, or with numpy arrays to a `.pkl`, whole.
+
+    Raises:
+        CheckpointError: if it can't be written; then `path` is as it was.
+    """
+    with atomic_file(path) as file:
+        if Path(path).suffix == ".pkl":
+            arrays = {name: value.numpy() for name, value in checkpoint["model"].items()}
+            pickle.dump({**checkpoint, "model": arrays}, file, protocol=4)
+        else:
+            torch.save(checkpoint, file)
+
+
+@contextmanager
+def atomic_file(path):
+    """Yield a binary file that takes the place of `path` once it is whole and on the disk.
+
+    Raises:
+        CheckpointError: if it can't be written; then `path` is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises the latter
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            reason = getattr(cause, "strerror", None) or cause
+            raise CheckpointError(
+                f"can't write {path}: {reason}; files written before are unchanged: free space or "
+                "permit writing there"
+            ) from error
+        raise
+
+
+def _sync_folder(folder):
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,65 @@
+"""What can't be seen in weights: recorded in the file as config keys, compared with the config."""
+
+import logging
+
+from .io import CheckpointError
+
+KEY = "mabn_d2"  # of the record in a checkpoint
+
+
+def recorded(source, stride_in_1x1, channel_order, pixel_mean, pixel_std):
+    """Return {config key: value}: what is given, or if None what `source`, such a dict, says.
+
+    Raises:
+        CheckpointError: for a value that no config can have.
+    """
+    if channel_order not in (None, "BGR", "RGB"):
+        raise CheckpointError(f"channel order {channel_order!r}: use BGR or RGB")
+    for name, value in (("mean", pixel_mean), ("std", pixel_std)):
+        if value is not None and len(value) != 3:
+            raise CheckpointError(f"pixel {name} {value}: give 3 numbers, in the channels' order")
+    given = {
+        "MODEL.RESNETS.STRIDE_IN_1X1": stride_in_1x1,
+        "INPUT.FORMAT": channel_order,
+        "MODEL.PIXEL_MEAN": pixel_mean and list(pixel_mean),
+        "MODEL.PIXEL_STD": pixel_std and list(pixel_std),
+    }
+    return source | {key: value for key, value in given.items() if value is not None}
+
+
+def checkpoint_of(state, source, config, dropped):
+    """Return a Detectron2 checkpoint of `state` with its record."""
+    return {
+        "model": state,
+        "__author__": "mabn_d2",  # by which Detectron2 knows a .pkl with its own names
+        KEY: {
+            "source": source,
+            "config": config,
+            "dropped": {rule: names for rule, names in dropped.items() if names},
+        },
+    }
+
+
+def differences(record, cfg):
+    """Return one line for each config key that has another value in `cfg` than in a checkpoint.
+
+    Args:
+        record: the checkpoint's entry "mabn_d2", whose "config" maps keys such as
+            MODEL.RESNETS.STRIDE_IN_1X1 to values; None if it has none.
+    """
+    lines = []
+    config = (record or {}).get("config")
+    for key, trained in config.items() if isinstance(config, dict) else ():
+        node = cfg
+        for name in key.split("."):
+            node = node.get(name) if hasattr(node, "get") else None
+        value = list(node) if isinstance(node, tuple) else node
+        if node is not None and value != trained:
+            lines.append(f"{key} is {value}, the weights were trained with {trained}")
+    return lines
+
+
+def warn_of_differences(record, cfg):
+    """Log the `differences` as warnings."""
+    for line in differences(record, cfg):
+        logging.getLogger(__name__).warning(f"{line}: change the config unless this is meant")

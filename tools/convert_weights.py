@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Converts checkpoints: classifiers and detectors to Detectron2, MABN to FrozenBN."""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.logger import setup_logger
+
+from mabn_d2 import add_mabn_config
+from mabn_d2.checkpoint import CheckpointError, convert_detector, convert_imagenet, fold_detector
+from mabn_d2.checkpoint.fold import INTO, changed
+from mabn_d2.checkpoint.io import check_output, read_checkpoint, write_checkpoint
+from mabn_d2.checkpoint.record import KEY
+from mabn_d2.modeling.norm import build_model
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "imagenet": "ResNet classifier -> weights of a Detectron2 backbone with MABN",
+        "detector": "maskrcnn-benchmark detector with MABN -> Detectron2",
+        "fold": "Detectron2 detector with MABN -> stock Detectron2; prints the config for it",
+    }
+    for command, help in helps.items():
+        sub = commands.add_parser(command, help=help, description=help)
+        if command == "fold":
+            sub.add_argument("--config-file", required=True, metavar="FILE", help="the detector's")
+            sub.add_argument("--into", choices=INTO, default=INTO[0], help="default: %(default)s")
+        else:
+            sub.add_argument(
+                "--keep-buffers", action="store_true", help="keep MABN's windows and counters"
+            )
+            stride = sub.add_mutually_exclusive_group()
+            for where in ("1x1", "3x3"):
+                stride.add_argument(
+                    f"--stride-in-{where}",
+                    dest="stride_in_1x1",
+                    action="store_const",
+                    const=where == "1x1",
+                    help="where bottleneck blocks stride in the source (recorded)",
+                )
+            sub.add_argument("--channel-order", choices=("BGR", "RGB"), help="recorded")
+            for name in ("mean", "std"):
+                sub.add_argument(
+                    f"--pixel-{name}", nargs=3, type=float, metavar="X", help="recorded; 0-255"
+                )
+        sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
+        sub.add_argument("input", type=Path)
+        sub.add_argument("output", type=Path, help=".pth or .pkl")
+    return parser.parse_args()
+
+
+def convert(args):
+    """Return the converted checkpoint of "imagenet" or "detector"."""
+    functions = {"imagenet": convert_imagenet, "detector": convert_detector}
+    checkpoint = functions[args.command](
+        read_checkpoint(args.input),
+        args.stride_in_1x1,
+        args.channel_order,
+        args.pixel_mean,
+        args.pixel_std,
+        args.keep_buffers,
+    )
+    record = checkpoint[KEY]
+    print(f"{record['source']}: {len(checkpoint['model'])} entries converted")
+    for rule, names in record["dropped"].items():
+        print(f"left out, {rule}: {len(names)}")
+    print("recorded in the file; the config that trains from it should have:")
+    for key, value in record["config"].items():
+        print(f"  {key} {value}")
+    return checkpoint
+
+
+def fold(args):
+    """Return the folded checkpoint, and print the config that stock Detectron2 loads it with."""
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    try:
+        cfg.merge_from_file(str(args.config_file))
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        raise CheckpointError(f"--config-file {args.config_file}: {error}") from error
+    cfg.MODEL.DEVICE = "cpu"
+    model = load_strictly(build_model(cfg), args.input)
+    model, stock = fold_detector(model, cfg, args.into)
+    stock.MODEL.WEIGHTS = str(args.output)
+    print(CfgNode(changed(stock, get_cfg())).dump(), end="")
+    return {"model": dict(model.state_dict()), "__author__": "mabn_d2"}
+
+
+def main():
+    args = parse_args()
+    setup_logger(name="mabn_d2")  # warnings, on stderr
+    try:
+        start = time.perf_counter()
+        check_output(args.output, args.input, args.overwrite)
+        checkpoint = fold(args) if args.command == "fold" else convert(args)
+        write_checkpoint(checkpoint, args.output)
+    except CheckpointError as error:
+        sys.exit(f"convert_weights.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
