@@ -4,7 +4,8 @@ from detectron2.config import CfgNode as CN
 
 
 def add_mabn_config(cfg):
-    """Add MODEL.MABN, and SOLVER.OPTIMIZER, to a Detectron2 config; symbols are the paper's."""
+    """Add MODEL.MABN, MODEL.BRN and SOLVER.OPTIMIZER to a Detectron2 config."""
+    # Moving Average Batch Normalization; symbols are its paper's.
     cfg.MODEL.MABN = CN()
     # B, images in one normalization batch. 0: the images of one GPU, SOLVER.IMS_PER_BATCH / workers.
     cfg.MODEL.MABN.BATCH_SIZE = 0
@@ -29,6 +30,21 @@ def add_mabn_config(cfg):
     # What to do with an image or annotation that can't be used: "stop", with its path or id, or
     # "skip", logged and counted (the scalar bad_images).
     cfg.DATALOADER.BAD_INPUT = "stop"
+
+    # Batch Renormalization, the norm type "BRN"; symbols are Ioffe's (2017).
+    cfg.MODEL.BRN = CN()
+    # 1 - alpha, the share of the old values that the running statistics keep.
+    cfg.MODEL.BRN.MOMENTUM = 0.99
+    # Iterations that are plain BatchNorm. This and the next are for long schedules: scale them.
+    cfg.MODEL.BRN.WARMUP_ITERS = 5000
+    # Bound of r, the ratio of the standard deviations, and the iteration that it is reached at.
+    cfg.MODEL.BRN.R_MAX = 3.0
+    cfg.MODEL.BRN.R_MAX_ITER = 40000
+    # Bound of d, the difference of the means in standard deviations, likewise.
+    cfg.MODEL.BRN.D_MAX = 5.0
+    cfg.MODEL.BRN.D_MAX_ITER = 25000
+    # epsilon, added to every variance.
+    cfg.MODEL.BRN.EPS = 1e-5
 
     # "SGD" or "ADAMW", both with the settings of SOLVER (MOMENTUM and NESTEROV are SGD's).
     cfg.SOLVER.OPTIMIZER = "SGD"

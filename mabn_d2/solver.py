@@ -1,4 +1,4 @@
-"""Detectron2's optimizer, with MABN's parameters treated as those of a norm."""
+"""Detectron2's optimizer, with this package's norms treated as norms."""
 
 import torch
 from detectron2.solver.build import (
@@ -7,15 +7,15 @@ from detectron2.solver.build import (
     reduce_param_groups,
 )
 
-from .layers import MABN2d
+from .layers import BatchRenorm2d, MABN2d
 
 
 def build_optimizer(cfg, model):
     """Build SOLVER.OPTIMIZER over the parameters of `model` that require grad.
 
-    Detectron2 applies WEIGHT_DECAY_NORM to a fixed tuple of norm types, which MABN is not one of.
-    As there, WEIGHT_DECAY_BIAS, if set, comes before WEIGHT_DECAY_NORM for a norm's bias. CLIP_GRADIENTS.CLIP_TYPE may be "full_model" too:
-    by the norm of all gradients together.
+    Detectron2 applies WEIGHT_DECAY_NORM to a fixed tuple of norm types, which "MABN" and "BRN" are
+    none of. As there, WEIGHT_DECAY_BIAS, if set, comes before WEIGHT_DECAY_NORM for a norm's bias.
+    CLIP_GRADIENTS.CLIP_TYPE may be "full_model" too: by the norm of all gradients together.
 
     Raises:
         ValueError: for an optimizer that is neither "SGD" nor "ADAMW".
@@ -33,7 +33,7 @@ def build_optimizer(cfg, model):
         norm_params = {
             param
             for module in model.modules()
-            if isinstance(module, MABN2d)
+            if isinstance(module, (BatchRenorm2d, MABN2d))
             for name, param in module.named_parameters(recurse=False)
             if name == "weight" or solver.WEIGHT_DECAY_BIAS is None
         }

@@ -13,7 +13,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 
 import mabn_d2  # noqa: F401 (registers)
-from mabn_d2.layers import CenConv2d, MABN2d
+from mabn_d2.layers import BatchRenorm2d, CenConv2d, MABN2d
 from mabn_d2.modeling.norm import CenNormConv2d, build_model as extended_build_model
 
 
@@ -88,6 +88,11 @@ def test_no_convolution_is_an_error():
         nn.Sequential(nn.Conv2d(3, 4, 2), get_norm("MABN", 8))
     with pytest.raises(ValueError, match="one element"):
         nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), get_norm("MABN", 4))
+
+
+def test_batch_renorm_needs_no_centring():
+    stem = BasicStem(3, 4, norm="BRN")
+    assert type(stem.conv1) is Conv2d and type(stem.conv1.norm) is BatchRenorm2d
 
 
 def test_unpaired_layer_in_a_model_is_named():

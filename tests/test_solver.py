@@ -32,13 +32,14 @@ def settings(optimizer, model):
 
 @pytest.mark.parametrize("decay_bias", [None, 0.0])
 @pytest.mark.parametrize("decay_norm", [None, 0.0, 1e-2])
-def test_as_batch_norm(decay_norm, decay_bias):
+@pytest.mark.parametrize("norm", ["MABN", "BRN"])
+def test_as_batch_norm(norm, decay_norm, decay_bias):
     solver = {
         "BASE_LR": 0.1, "WEIGHT_DECAY": 1e-4, "WEIGHT_DECAY_NORM": decay_norm,
         "WEIGHT_DECAY_BIAS": decay_bias, "BIAS_LR_FACTOR": 2.0,
     }
     mabn, bn = (settings(build_optimizer(c, m), m) for c, m in
-                (setup(n, **solver) for n in ("MABN", "BN")))
+                (setup(n, **solver) for n in (norm, "BN")))
     assert mabn == bn and len(mabn) == 5
     assert mabn["conv.norm.weight"] == (0.1, 1e-4 if decay_norm is None else decay_norm)
     assert mabn["fc.bias"] == (0.2, 1e-4 if decay_bias is None else 0.0)

@@ -1,6 +1,7 @@
 """The layers, which need torch only."""
 
+from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
 from .mabn import MABN2d
 
-__all__ = ["CenConv2d", "MABN2d", "center_weight"]
+__all__ = ["BatchRenorm2d", "CenConv2d", "MABN2d", "center_weight"]

@@ -1,4 +1,5 @@
-"""The norm type "MABN": everywhere that Detectron2 takes the name of a norm, its convolution centred.
+"""The norm types "MABN" and "BRN", everywhere that Detectron2 takes the name of a norm. The convolution
+in front of "MABN" is centred; "BRN", Batch Renormalization, needs none.
 
 Why it is done this way. `get_norm` looks names up in a dict inside of the function and modules
 import the function by name, so the extended function takes its place, by identity, wherever a loaded
@@ -23,9 +24,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..layers import CenConv2d, MABN2d, center_weight
+from ..layers import BatchRenorm2d, CenConv2d, MABN2d, center_weight
 
 NORM = "MABN"
+RENORM = "BRN"
 
 
 class CenNormConv2d(Conv2d):
@@ -46,7 +48,7 @@ CENTRED = {nn.Conv2d: CenConv2d, Conv2d: CenNormConv2d}
 
 
 def get_norm(norm, out_channels):
-    """`detectron2.layers.get_norm` that knows "MABN" too.
+    """`detectron2.layers.get_norm` that knows "MABN" and "BRN" too.
 
     Raises:
         ValueError: for a name that neither Detectron2 nor this package has.
@@ -55,11 +57,13 @@ def get_norm(norm, out_channels):
         layer = MABN2d(out_channels)
         layer.register_forward_pre_hook(_refuse)
         return layer
+    if norm == RENORM:
+        return BatchRenorm2d(out_channels)
     try:
         return detectron2_get_norm(norm, out_channels)
     except KeyError as error:
         raise ValueError(
-            f'unknown norm {norm!r}: use "MABN", or one that detectron2.layers.get_norm lists'
+            f'unknown norm {norm!r}: use "MABN", "BRN", or one that detectron2.layers.get_norm lists'
         ) from error
 
 
@@ -175,8 +179,13 @@ def configure_mabn(model, **settings):
 
 
 def build_model(cfg):
-    """`detectron2.modeling.build_model`, its MABN layers set by the node MODEL.MABN."""
-    return configure_mabn(detectron2_build_model(cfg), **norm_settings(cfg))
+    """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN."""
+    model = detectron2_build_model(cfg)
+    renorm = {name.lower(): value for name, value in cfg.MODEL.get("BRN", {}).items()}
+    for module in model.modules():
+        if isinstance(module, BatchRenorm2d):
+            module.configure(**renorm)
+    return configure_mabn(model, **norm_settings(cfg))
 
 
 def _replace(old, new):
@@ -187,7 +196,7 @@ def _replace(old, new):
 
 
 def register():
-    """Let Detectron2 know "MABN"; called once, by the import of the package."""
+    """Let Detectron2 know "MABN" and "BRN"; called once, by the import of the package."""
     _replace(detectron2_get_norm, get_norm)
     _replace(detectron2_build_model, build_model)
     register_module_module_registration_hook(_pair)
