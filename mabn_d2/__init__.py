@@ -1,6 +1,6 @@
 """Moving Average Batch Normalization (ICLR 2020) for Detectron2.
 
-Importing this package registers it with Detectron2, if there is one: the norm type "MABN", the
+Importing this package registers it with Detectron2, if there is one: the norm types "MABN" and "BRN", the
 backbones `build_mabn_*`, the datasets `digit_scenes_*`. `mabn_d2.layers` needs torch only.
 """
 
@@ -21,7 +21,7 @@ if find_spec("detectron2"):
     )
     from .config import add_mabn_config
     from .data import register_digit_scenes
-    from .modeling import configure_mabn
+    from .modeling import configure_mabn, convert_mabn
 
     register_digit_scenes()
     __all__ = [
@@ -31,6 +31,7 @@ if find_spec("detectron2"):
         "configure_mabn",
         "convert_detector",
         "convert_imagenet",
+        "convert_mabn",
         "fold_mabn",
         "register_digit_scenes",
         "update_mabn_stats",

@@ -3,5 +3,6 @@
 from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
 from .mabn import MABN2d
+from .per_level import PerLevelNorm
 
-__all__ = ["BatchRenorm2d", "CenConv2d", "MABN2d", "center_weight"]
+__all__ = ["BatchRenorm2d", "CenConv2d", "MABN2d", "PerLevelNorm", "center_weight"]

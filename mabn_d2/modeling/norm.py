@@ -1,5 +1,6 @@
-"""The norm types "MABN" and "BRN", everywhere that Detectron2 takes the name of a norm. The convolution
-in front of "MABN" is centred; "BRN", Batch Renormalization, needs none.
+"""The norm types "MABN" and "BRN", everywhere that Detectron2 takes the name of a norm.
+
+The convolution in front of "MABN" is centred; "BRN", Batch Renormalization, needs none.
 
 Why it is done this way. `get_norm` looks names up in a dict inside of the function and modules
 import the function by name, so the extended function takes its place, by identity, wherever a loaded
@@ -10,6 +11,8 @@ it is made, so a registration hook of torch's does it at that moment, by changin
 class in place. A new module in its place would be missed by the plain lists that FPN and others keep
 of the old one, a parametrization renames the checkpoint's keys, and a gradient hook is lost on
 deepcopy. A norm that has found no convolution refuses to run, and `build_model` refuses to return it.
+The same hook gives the heads that RetinaNet and FCOS run over all levels a norm for each of them,
+which Detectron2 does for "BN" and "SyncBN" by their names.
 """
 
 import logging
@@ -20,11 +23,12 @@ import detectron2.layers
 import detectron2.modeling
 from detectron2.layers import Conv2d, get_norm as detectron2_get_norm
 from detectron2.modeling import build_model as detectron2_build_model
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..layers import BatchRenorm2d, CenConv2d, MABN2d, center_weight
+from ..layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm, center_weight
 
 NORM = "MABN"
 RENORM = "BRN"
@@ -89,37 +93,48 @@ def _pair(parent, name, module):
         if not siblings:
             return  # a container, which may be attached in turn
         conv = siblings[-1]
-    center_conv(conv, module.num_features)
+    check_conv(conv, module.num_features)
+    center_conv(conv)
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _refuse]:
         del hooks[key]
 
 
-def center_conv(conv, num_features=None):
-    """Make the convolution `conv` a centred one, in place, its parameters and keys untouched.
+def _split_levels(parent, name, module):
+    """Registration hook: norms of a subnet that is attached to a RetinaNetHead become one a level."""
+    if isinstance(parent, RetinaNetHead) and isinstance(module, nn.Sequential):
+        for i, layer in enumerate(module):
+            if isinstance(layer, (BatchRenorm2d, MABN2d)):
+                module[i] = PerLevelNorm(layer, parent._num_features)
+
+
+def check_conv(conv, num_features):
+    """Raise if the convolution in front of a MABN over `num_features` channels can't be centred.
 
     Raises:
         TypeError: if it is no convolution that can be centred.
         ValueError: if its outputs are not the norm's `num_features`, or filters have one element.
     """
     cls = type(conv)
-    if cls in CENTRED.values():
-        return
-    if cls not in CENTRED:
+    if cls not in (*CENTRED, *CENTRED.values()):
         raise TypeError(
             f"MABN needs a zero-centred convolution in front, which {cls.__module__}."
             f"{cls.__qualname__} can't be: use one of "
             + ", ".join(f"{c.__module__}.{c.__qualname__}" for c in CENTRED)
             + ", or another norm there"
         )
-    if num_features is not None and conv.out_channels != num_features:
+    if conv.out_channels != num_features:
         raise ValueError(
             f"MABN over {num_features} channels stands behind a convolution with "
             f"{conv.out_channels} output channels: {conv}"
         )
     if conv.weight[0].numel() == 1:
         raise ValueError(f"filters of one element are zero when centred: {conv}")
-    conv.__class__ = CENTRED[cls]
+
+
+def center_conv(conv):
+    """Make a convolution that `check_conv` takes a centred one, in place; keys stay as they are."""
+    conv.__class__ = CENTRED.get(type(conv), type(conv))
 
 
 def norm_settings(cfg):
@@ -200,3 +215,4 @@ def register():
     _replace(detectron2_get_norm, get_norm)
     _replace(detectron2_build_model, build_model)
     register_module_module_registration_hook(_pair)
+    register_module_module_registration_hook(_split_levels)
