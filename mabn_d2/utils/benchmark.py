@@ -1,0 +1,119 @@
+"""Paired timing, memory peaks and the description of the machine, for tools/benchmark.py."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def _host_seconds(clock, run):
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _cuda_seconds(run):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _repeat(function, repeats):
+    for _ in range(repeats):
+        function()  # its result is freed before the next
+
+
+# name -> function that runs a function and returns how long it took, in seconds
+CLOCKS = {
+    "wall": partial(_host_seconds, time.perf_counter),
+    "cpu": partial(_host_seconds, time.process_time),
+    "cuda": _cuda_seconds,
+}
+
+
+def measure(functions, rounds, round_seconds, clock):
+    """Time functions in turn, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        functions: name -> function without arguments.
+        rounds: how often each is timed.
+        round_seconds: about how long each timing takes, so fast functions are repeated.
+        clock: one of CLOCKS.
+    Returns:
+        name -> list of `rounds` times of one call, in seconds.
+    """
+
+    def seconds(function, repeats):
+        return clock(lambda: _repeat(function, repeats)) / repeats
+
+    repeats = {}
+    for name, function in functions.items():
+        seconds(function, 1)  # warm-up: allocations, kernel choices
+        repeats[name] = max(1, round(round_seconds / seconds(function, 2)))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(seconds(function, repeats[name]))
+    return times
+
+
+def memory_peak(function, device="cpu"):
+    """Return by how many bytes of tensors a call of `function` exceeds, at most, what was there."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        total += change.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def summarize(times, baseline):
+    """Return the quartiles of times (s) as "ms", and of the paired ratios to a baseline's times."""
+    ratios = [a / b for a, b in zip(times, baseline, strict=True)]
+    return {"ms": quartiles([1000 * t for t in times]), "ratio": quartiles(ratios)}
+
+
+def quartiles(values):
+    """Return [first quartile, median, third quartile]."""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def describe(device):
+    """Return what a result depends on beside the settings: machine, versions, commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    machine = {"processor": _processor(), "cores": os.cpu_count()}
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"machine": machine, "versions": versions, "commit": commit or "unknown"}
+
+
+def _processor():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_json(report, path):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
