@@ -10,18 +10,44 @@ from detectron2.solver.build import (
 from .layers import BatchRenorm2d, MABN2d
 
 
+def get_optimizer_params(model, weight_decay_norm=None, weight_decay_bias=None, **settings):
+    """`detectron2.solver.get_default_optimizer_params` that knows this package's norms.
+
+    Detectron2 applies `weight_decay_norm` to a fixed tuple of norm types, which "MABN" and "BRN" are
+    none of. As there, `weight_decay_bias`, if set, comes before it for a norm's bias.
+    """
+    groups = get_default_optimizer_params(
+        model,
+        weight_decay_norm=weight_decay_norm,
+        weight_decay_bias=weight_decay_bias,
+        **settings,
+    )
+    if weight_decay_norm is None:
+        return groups
+    norm_params = {
+        param
+        for module in model.modules()
+        if isinstance(module, (BatchRenorm2d, MABN2d))
+        for name, param in module.named_parameters(recurse=False)
+        if name == "weight" or weight_decay_bias is None
+    }
+    each = [{**group, "params": [param]} for group in groups for param in group["params"]]
+    for group in each:
+        if group["params"][0] in norm_params:
+            group["weight_decay"] = weight_decay_norm
+    return reduce_param_groups(each)
+
+
 def build_optimizer(cfg, model):
     """Build SOLVER.OPTIMIZER over the parameters of `model` that require grad.
 
-    Detectron2 applies WEIGHT_DECAY_NORM to a fixed tuple of norm types, which "MABN" and "BRN" are
-    none of. As there, WEIGHT_DECAY_BIAS, if set, comes before WEIGHT_DECAY_NORM for a norm's bias.
     CLIP_GRADIENTS.CLIP_TYPE may be "full_model" too: by the norm of all gradients together.
 
     Raises:
         ValueError: for an optimizer that is neither "SGD" nor "ADAMW".
     """
     solver = cfg.SOLVER
-    groups = get_default_optimizer_params(
+    groups = get_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
@@ -29,20 +55,6 @@ def build_optimizer(cfg, model):
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    if solver.WEIGHT_DECAY_NORM is not None:
-        norm_params = {
-            param
-            for module in model.modules()
-            if isinstance(module, (BatchRenorm2d, MABN2d))
-            for name, param in module.named_parameters(recurse=False)
-            if name == "weight" or solver.WEIGHT_DECAY_BIAS is None
-        }
-        each = [{**group, "params": [param]} for group in groups for param in group["params"]]
-        for group in each:
-            if group["params"][0] in norm_params:
-                group["weight_decay"] = solver.WEIGHT_DECAY_NORM
-        groups = reduce_param_groups(each)
-
     name = solver.get("OPTIMIZER", "SGD")
     if name == "SGD":
         momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}

@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -14,6 +13,7 @@ from mabn_d2.modeling.norm import CenNormConv2d
 from mabn_d2.solver import build_optimizer
 
 from conftest import ROOT
+from inputs import training_inputs
 
 
 def load(name):
@@ -66,16 +66,7 @@ def test_full_model_trains_and_infers():
     others = [m for m in model.modules() if isinstance(m, nn.Conv2d) and type(m) is CenNormConv2d]
     assert len(others) == 69
 
-    inputs = []
-    for k in range(2):
-        target = Instances((128, 160))
-        target.gt_boxes = Boxes(torch.tensor([[10.0, 20.0, 90.0, 100.0]]))
-        target.gt_classes = torch.tensor([k])
-        mask = torch.zeros(1, 128, 160, dtype=torch.bool)
-        mask[:, 20:100, 10:90] = True
-        target.gt_masks = BitMasks(mask)
-        image = torch.randint(0, 256, (3, 128, 160), dtype=torch.uint8)
-        inputs.append({"image": image, "instances": target, "height": 128, "width": 160})
+    inputs = training_inputs()
     optimizer = build_optimizer(cfg, model)
     with EventStorage():
         losses = model.train()(inputs)

@@ -40,7 +40,7 @@ def test_torchvision_resnet():
     assert (stems[0] - stems[1]).abs().mean() < 0.02 * stems[1].abs().mean()
     model(x[:2, :, :64, :64]).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert all(m.iters == 1 for n, m in model.named_modules() if isinstance(m, MABN2d) and n != "bn1")
+    assert model.bn1.iters == 2 and model.layer4[2].bn3.iters == 1
 
 
 def test_torchvision_detector():
@@ -53,7 +53,8 @@ def test_torchvision_detector():
     sum(losses.values()).backward()
     assert model.backbone.body.layer4[2].bn3.weight.grad.isfinite().all()
     with torch.no_grad():
-        assert set(model.eval()([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores", "masks"}
+        found = model.eval()([torch.rand(3, 64, 64)])[0]
+    assert found.keys() == {"boxes", "labels", "scores", "masks"}
 
 
 def test_detectron2s_modules():
