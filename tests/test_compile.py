@@ -9,8 +9,8 @@ from reference import assert_close
 from mabn_d2.layers import CenConv2d, MABN2d
 
 
-def make_net(device):
-    arguments = {"simulated_batch_size": 6, "warmup_iters": 2, "clip_start": 5}
+def make_net(device, **arguments):
+    arguments = {"simulated_batch_size": 6, "warmup_iters": 2, "clip_start": 5, **arguments}
     return torch.nn.Sequential(
         CenConv2d(3, 4, 3, padding=1),
         MABN2d(4, **arguments, activation="relu"),
@@ -19,13 +19,14 @@ def make_net(device):
     ).to(device)
 
 
-def test_whole_graph(device):
-    net = make_net(device)
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_whole_graph(device, split_batch):
+    net = make_net(device, split_batch=split_batch)
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, fullgraph=True)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (net, twin)]
     for _ in range(12):
-        x = torch.randn(2, 3, 8, 8, device=device)
+        x = torch.randn(5 if split_batch else 2, 3, 8, 8, device=device)
         outputs = net(x), compiled(x)
         assert_close(outputs[1], outputs[0], torch.float32, factor=10)
         for optimizer, y in zip(optimizers, outputs, strict=True):

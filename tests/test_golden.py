@@ -29,9 +29,10 @@ def assert_close(actual, expected):
     [
         ("detection_window4_warmup10.npz", {"simulated_batch_size": 8, "warmup_iters": 10}),
         ("detection_window16_warmup100.npz", {}),
+        ("classification_window4_batch8.npz", {"simulated_batch_size": 8, "split_batch": True}),
     ],
 )
-def test_detection(name, arguments, memory_format):
+def test_layer(name, arguments, memory_format):
     trace = load(name)
     layer = MABN2d(trace["weight"].numel(), **arguments)
     kept = {int(t): k for k, t in enumerate(trace["kept"])}
@@ -51,8 +52,9 @@ def test_detection(name, arguments, memory_format):
             assert_close(layer.weight.grad, trace["grad_weight"][k])
             assert_close(layer.bias.grad, trace["grad_bias"][k])
             assert_close(layer.running_var, trace["running_var"][k])
-            assert_close(layer.buffer_x2, trace["buffer_x2"][k])
-            assert_close(layer.buffer_gz, trace["buffer_gz"][k])
+            state = layer.state_dict()
+            for window in {"buffer_x2", "buffer_gz", "pre_x2", "pre_gz"} & trace.keys():
+                assert_close(state[window], trace[window][k])
     assert_close(layer.eval()(trace["x_eval"]), trace["y_eval"])
 
 

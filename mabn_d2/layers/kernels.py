@@ -61,8 +61,8 @@ def combine(dy, x, scale_dy, scale_x):
 
 
 def maps(vector):
-    """Return a (C,) vector as it broadcasts over (N, C, H, W)."""
-    return vector[:, None, None]
+    """Return a (C,) vector, or (N, C) of them, as it broadcasts over (N, C, H, W)."""
+    return vector[..., None, None]
 
 
 def _is_full_precision_on_cpu(x):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional, kernels
+from . import functional, kernels, split
 
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
@@ -20,18 +20,20 @@ _SETTINGS = (
     "warmup_iters",
     "clip_start",
     "clip_limit",
+    "split_batch",
 )
 _STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
+_PUBLISHED = {"buffer_x2": "pre_x2", "buffer_gz": "pre_gz"}  # of the classification form
 _logger = logging.getLogger(__name__)
 
 
 class Statistics(NamedTuple):
     """What one training forward normalized by; tensors on the layer's device."""
 
-    x2: torch.Tensor  # (C,) mean(x^2) of this input
+    x2: torch.Tensor  # (C,) mean(x^2) of this input; here and below (G, C) with split_batch
     var: torch.Tensor  # (C,) v: x2, or the mean of the window
     r: torch.Tensor  # (C,) sqrt(v + eps) / sqrt(running_var + eps), clipped; or 1
-    slot: torch.Tensor  # (1,) int64, this input's row of both windows
+    slot: torch.Tensor  # (1,) int64, this input's row of both windows; unused with split_batch
     plain: torch.Tensor  # (1,) bool: warm-up, no window yet
     counted: torch.Tensor  # (1,) bool: this input has moved the state
 
@@ -57,16 +59,25 @@ class MABN2d(nn.Module):
         eps: added to every second moment.
         momentum: the paper's decay a, the share of the *old* running_var that is kept. Note that
             torch's BatchNorm means the opposite by the same word: its 0.02 is 0.98 here.
-        batch_size: images in one forward on one GPU.
+        batch_size: images in one normalization batch: those of one forward on one GPU, or B of
+            `split_batch`.
         simulated_batch_size: images that the window spans; m = simulated_batch_size / batch_size.
         warmup_iters: T, iterations that are normalized by their own statistics.
         clip_start: r is 1 up to iteration max(clip_start, warmup_iters). The published 1000 is
             for 90,000 iterations or more; short schedules need less.
         clip_limit: r stays within [1 / clip_limit, clip_limit].
         activation: None or "relu", which is then fused and needs no tensor of its own.
+        split_batch: the classification form, where SGD's batch is larger than a normalization
+            batch: an input of N images is ceil(N / B) consecutive normalization batches of B
+            images, the last one of what is left. The windows run over them, across iterations:
+            group i of an iteration uses the mean of the m groups that end with it, forward and
+            backward. The plain iteration is the first alone; r is 1 while t < warmup_iters, and
+            clip_start has no part; R starts as the first iteration's mean of v and moves by an
+            iteration's mean of v. Each group counts the same, a short one too. (See `split.py`.)
 
     State: `weight`, `bias`, `running_var` (C,); the windows `buffer_x2`, `buffer_gz` (m, C); the
-    counter `iters` (1,). Statistics stay float32 (float64 in a float64 module) under `.half()`.
+    counter `iters` (1,); with split_batch
+    the windows' keys are the published `pre_x2`, `pre_gz`, the last row the latest. Statistics stay float32 (float64 in a float64 module) under `.half()`.
     `load_state_dict` takes the published layer's state, in any of its shapes; windows that do not
     fit are refilled: they and the counter start over together, running_var stays.
 
@@ -91,6 +102,7 @@ class MABN2d(nn.Module):
         clip_start=1000,
         clip_limit=5.0,
         activation=None,
+        split_batch=False,
         device=None,
         dtype=None,
     ):
@@ -118,14 +130,15 @@ class MABN2d(nn.Module):
             warmup_iters=warmup_iters,
             clip_start=clip_start,
             clip_limit=clip_limit,
+            split_batch=split_batch,
         )
         self._records = deque(maxlen=MAX_RECORDS)
         self.reset_parameters()
 
     def configure(self, **settings):
-        """Set any of the constructor's arguments from eps to clip_limit on a built layer.
+        """Set any of the constructor's arguments from eps to clip_limit, or split_batch.
 
-        A window of another length starts empty. Nothing changes if an argument is wrong.
+        A window of another length or form starts empty. Nothing changes if an argument is wrong.
         """
         new = {name: getattr(self, name, None) for name in _SETTINGS} | settings
         unknown = new.keys() - set(_SETTINGS)
@@ -146,17 +159,18 @@ class MABN2d(nn.Module):
         ):
             if not good:
                 raise ValueError(f"{name} is out of range: {new[name]}")
+        window = simulated // batch_size
+        other = getattr(self, "split_batch", None) != new["split_batch"]
         for name, value in new.items():
             setattr(self, name, value)
-        window = simulated // batch_size
-        if window != len(self.buffer_x2):
+        if window != len(self.buffer_x2) or other:
             self.buffer_x2 = self.buffer_x2.new_zeros(window, self.num_features)
             self.buffer_gz = self.buffer_gz.new_zeros(window, self.num_features)
             self.reset_windows()
 
     @property
     def window(self):
-        """m, the number of iterations that the windows span."""
+        """m, the number of iterations, or groups, that the windows span."""
         return len(self.buffer_x2)
 
     def reset_windows(self):
@@ -190,7 +204,27 @@ class MABN2d(nn.Module):
         x = kernels.dense(x)
         counts = torch.is_grad_enabled()
         with torch.no_grad():
-            statistics = self._statistics(kernels.mean_square(x), counts)
+            if self.split_batch:
+                x2 = split.group_mean_square(x, self.batch_size)
+            else:
+                x2 = kernels.mean_square(x)
+            statistics = self._statistics(x2, counts)
+        if self.split_batch:
+            var = statistics.var
+            y = split.normalize_groups(
+                x,
+                self.weight,
+                self.bias,
+                torch.zeros_like(var),
+                var,
+                statistics.r,
+                torch.zeros_like(var),
+                self.eps,
+                self.batch_size,
+                self.buffer_gz,
+                statistics.plain,
+            )
+            return y.relu() if self.activation else y
         return functional.mabn_train(
             x,
             self.weight,
@@ -205,13 +239,18 @@ class MABN2d(nn.Module):
         )
 
     def _statistics(self, x2, counts):
-        """Return the Statistics of an input with mean square x2 (C,), and count it if `counts`."""
-        finite = functional.is_finite(x2)
+        """Return the Statistics of an input with mean square x2, (C,) or (G, C).
+
+        It is counted if `counts`.
+        """
+        finite = functional.is_finite(x2.flatten())
         if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
             return self._advance(x2, finite, ~finite, counts)
         # A forward within a backward is one that activation checkpointing repeats.
-        if self._records and torch._C._current_graph_task_id() != -1:
-            return self._repeat(x2, finite)
+        if torch._C._current_graph_task_id() != -1:
+            records = [record for record in self._records if record.x2.shape == x2.shape]
+            if records:
+                return self._repeat(x2, finite, records)
         statistics = self._advance(x2, finite, ~finite, counts)
         if not torch.is_inference_mode_enabled():
             self._records.appendleft(statistics)
@@ -219,37 +258,38 @@ class MABN2d(nn.Module):
 
     def _advance(self, x2, accepted, rejected, counts=True):
         compiling = torch.compiler.is_compiling()
-        advance = functional.advance_op if compiling else functional.advance
-        chosen = advance(
-            x2,
-            accepted,
-            self.buffer_x2,
-            self.running_var,
-            self.iters,
-            self.eps,
-            self.momentum,
-            self.warmup_iters,
-            self.clip_start,
-            self.clip_limit,
-            counts,
-        )
+        state = (self.buffer_x2, self.running_var, self.iters)
+        if self.split_batch:
+            advance = split.advance_groups_op if compiling else split.advance_groups
+            clip = (self.clip_limit,)
+        else:
+            advance = functional.advance_op if compiling else functional.advance
+            clip = (self.clip_start, self.clip_limit)
+        settings = (self.eps, self.momentum, self.warmup_iters, *clip)
+        chosen = advance(x2, accepted, *state, *settings, counts)
         if counts:
             self.rejected.add_(rejected)
         return Statistics(x2, *chosen, torch.full_like(accepted, counts))
 
-    def _repeat(self, x2, finite):
+    def _repeat(self, x2, finite, records):
         """Return the Statistics of the forward that is repeated; count it if it was not.
 
         Reentrant checkpointing runs the first forward without gradients, so that one has not been
         counted. The record is found on the device: the last one whose x2 is nearest.
         """
-        stacked = Statistics(*map(torch.stack, zip(*self._records, strict=True)))
-        distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().sum(1)
+        stacked = Statistics(*map(torch.stack, zip(*records, strict=True)))
+        distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().flatten(1).sum(1)
         nearest = distance.argmin(0, keepdim=True)
         first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
         new = ~first.counted
         now = self._advance(x2, finite & new, ~finite & new)
         return first._replace(slot=torch.where(first.counted, first.slot, now.slot))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.split_batch:
+            for name, published in _PUBLISHED.items():
+                destination[prefix + published] = destination.pop(prefix + name)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self._migrate(state_dict, prefix)
@@ -264,9 +304,14 @@ class MABN2d(nn.Module):
                 state_dict[prefix + name] = value.reshape(-1)
         if prefix + "running_var" not in state_dict:
             return  # nothing of this layer, or not enough: the caller hears of it as usual
-        # The classification form's windows run over groups of one iteration, not over iterations.
-        for name in ("sta_matrix", "pre_x2", "pre_gz"):
-            state_dict.pop(prefix + name, None)
+        # Windows over groups and windows over iterations are different things.
+        for name in ("buffer_x2", "buffer_gz"):
+            pre = state_dict.pop(prefix + _PUBLISHED[name], None)
+            if self.split_batch:
+                state_dict.pop(prefix + name, None)
+                if pre is not None:
+                    state_dict[prefix + name] = pre
+        state_dict.pop(prefix + "sta_matrix", None)
         own = {name: getattr(self, name) for name in ("buffer_x2", "buffer_gz", "iters")}
         for name, value in own.items():
             found = state_dict.get(prefix + name)
@@ -274,7 +319,7 @@ class MABN2d(nn.Module):
                 empty = {prefix + n: torch.zeros_like(v) for n, v in own.items()}
                 if any(key in state_dict for key in empty):
                     _logger.warning(
-                        f"{prefix}{name} does not fit a window of {self.window} iterations: "
+                        f"{prefix}{name} does not fit a window of {self.window}: "
                         "the windows start empty"
                     )
                 state_dict.update(empty)
@@ -295,7 +340,9 @@ class MABN2d(nn.Module):
         return {**self.__dict__, "_records": deque(maxlen=MAX_RECORDS)}
 
     def extra_repr(self):
-        shown = [f"{name}={getattr(self, name)}" for name in _SETTINGS]
+        shown = [f"{name}={getattr(self, name)}" for name in _SETTINGS if name != "split_batch"]
+        if self.split_batch:
+            shown.append("split_batch=True")
         if self.activation:
             shown.append(f"activation={self.activation}")
         return ", ".join([str(self.num_features), *shown])
