@@ -4,5 +4,14 @@ from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
 from .mabn import MABN2d
 from .per_level import PerLevelNorm
+from .split_norms import SplitBatchNorm2d, SplitBatchRenorm2d
 
-__all__ = ["BatchRenorm2d", "CenConv2d", "MABN2d", "PerLevelNorm", "center_weight"]
+__all__ = [
+    "BatchRenorm2d",
+    "CenConv2d",
+    "MABN2d",
+    "PerLevelNorm",
+    "SplitBatchNorm2d",
+    "SplitBatchRenorm2d",
+    "center_weight",
+]

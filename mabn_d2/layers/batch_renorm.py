@@ -153,12 +153,15 @@ class BatchRenorm2d(nn.Module):
         r = ((var + self.eps).sqrt() * inv_std).clamp(1 / r_limit, r_limit)
         d = ((mean - self.running_mean) * inv_std).clamp(-d_limit, d_limit)
         if counts:
-            accepted = mean.isfinite().all() & var.isfinite().all()
-            for running, value in ((self.running_mean, mean), (self.running_var, var)):
-                value = torch.where(accepted, value.to(running.dtype), running)
-                running.lerp_(value, 1 - self.momentum)
-            self.num_batches_tracked.add_(accepted)
+            self._count(mean, var)
         return r.to(mean.dtype), d.to(mean.dtype)
+
+    def _count(self, mean, var):
+        accepted = mean.isfinite().all() & var.isfinite().all()
+        for running, value in ((self.running_mean, mean), (self.running_var, var)):
+            value = torch.where(accepted, value.to(running.dtype), running)
+            running.lerp_(value, 1 - self.momentum)
+        self.num_batches_tracked.add_(accepted)
 
     def _ramp(self, t, end):
         """0 up to iteration warmup_iters, 1 from iteration `end` on; t () lies on the device."""
