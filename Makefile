@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each recipe is one shell script that ends at its first error.
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: help env demo test test-slow clean
+.PHONY: help env demo test test-slow fuzz clean
 
 help:
 	@echo "make demo       train Mask R-CNN with MABN on the digit scenes, evaluate it, draw pictures"
@@ -38,6 +38,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(PY) -m pytest -q -m slow $(ARGS)
+
+# Each test runs until it fails or its examples are used up; the timeout is for a hang.
+fuzz: $(READY)
+	@$(PY) -m pytest -q -m fuzz --hypothesis-profile=fuzz --timeout=3000 $(ARGS)
 
 env: $(READY)
 

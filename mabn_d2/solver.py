@@ -37,6 +37,8 @@ def get_optimizer_params(model, weight_decay_norm=None, weight_decay_bias=None, 
             group["weight_decay"] = weight_decay_norm
     return reduce_param_groups(each)
 
+OPTIMIZERS = ("SGD", "ADAMW")
+
 
 def build_optimizer(cfg, model):
     """Build SOLVER.OPTIMIZER over the parameters of `model` that require grad.
@@ -62,7 +64,7 @@ def build_optimizer(cfg, model):
     elif name == "ADAMW":
         optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, foreach=True)
     else:
-        raise ValueError(f'SOLVER.OPTIMIZER is {name!r}: use "SGD" or "ADAMW"')
+        raise ValueError(f"SOLVER.OPTIMIZER is {name!r}: use one of {', '.join(OPTIMIZERS)}")
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         # Before every step, GradScaler's too, which has unscaled the gradients by then.

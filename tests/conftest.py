@@ -5,10 +5,16 @@ from pathlib import Path
 # Before torch is imported: threads that spin while they wait slow shared cores down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+# No deadline: a shared machine stalls. `make fuzz` selects the other by --hypothesis-profile.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=20_000)
+hypothesis.settings.load_profile("default")
 
 
 def pytest_configure(config):

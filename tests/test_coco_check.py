@@ -4,7 +4,7 @@ import json
 import pycocotools.mask as mask_util
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mabn_d2.data.coco_check import BadAnnotationError, _decoded_length, check_coco
@@ -109,7 +109,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.fuzz
 @given(
     st.sampled_from([(key, 0, field) for key in GOOD for field in GOOD[key][0]]
                     + [(key, 0) for key in GOOD] + [(key,) for key in GOOD]),

@@ -12,11 +12,16 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
 from ..data.coco_check import check_coco
+from ..layers import MABN2d
 from ..modeling.norm import norm_settings
+from ..solver import OPTIMIZERS
 
 
 # Keys of MODEL that a resumed run may have otherwise.
 MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.")
+
+# Keys for which None is a value of its own: no override of WEIGHT_DECAY.
+MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
 
 
 class ConfigError(ValueError):
@@ -33,12 +38,17 @@ def setup_config(args):
     """
     cfg = get_cfg()
     add_mabn_config(cfg)
+    defaults = cfg.clone()
     try:
         cfg.merge_from_file(args.config_file)
         cfg.merge_from_list(args.opts)
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         text = " ".join(str(error.args[0] if error.args else error).split())
         raise ConfigError(f"--config-file {args.config_file!r} {args.opts or ''}: {text}") from error
+    # yacs checks types, but lets None take the place of any value.
+    nones = [key for key in _differences(cfg, defaults) if _value(cfg, key) is None]
+    if nones := [key for key in nones if key not in MAY_BE_NONE]:
+        raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
@@ -65,8 +75,15 @@ def check_config(cfg, workers=1, resume=False, train=True):
         raise ConfigError(
             f'DATALOADER.BAD_INPUT is {cfg.DATALOADER.BAD_INPUT!r}: use "stop" or "skip"'
         )
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        raise ConfigError(
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use one of {', '.join(OPTIMIZERS)}"
+        )
     try:
-        norm_settings(cfg)
+        MABN2d(1, **norm_settings(cfg))  # checks the values
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"MODEL.MABN: {error}") from error
+    try:
         for key, node in _norm_nodes(cfg):
             try:
                 get_norm(node.NORM, 32)
@@ -142,20 +159,27 @@ def _check_output(cfg, resume):
     # What must be the same for a checkpoint to fit; schedules may be changed. Both from YAML, which
     # has no tuples.
     model = yaml.safe_load(cfg.MODEL.dump())
-    keys = [k for k in _differences(model, other, "MODEL") if not k.startswith(MAY_CHANGE)]
+    keys = [k for k in _differences(model, other, "MODEL.") if not k.startswith(MAY_CHANGE)]
     if keys:
         raise ConfigError(
             f"OUTPUT_DIR {folder!r} holds a run with other {', '.join(keys[:5])}: name another folder"
         )
 
 
-def _differences(node, other, prefix):
+def _differences(node, other, prefix=""):
+    """Yield the keys in which two nested configs differ."""
     for name in sorted({*node, *other}):
-        key, value, theirs = f"{prefix}.{name}", node.get(name), other.get(name)
+        key, value, theirs = f"{prefix}{name}", node.get(name), other.get(name)
         if isinstance(value, dict) and isinstance(theirs, dict):
-            yield from _differences(value, theirs, key)
+            yield from _differences(value, theirs, f"{key}.")
         elif value != theirs:
             yield key
+
+
+def _value(cfg, key):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
 
 
 def _norm_nodes(node, prefix=""):

@@ -1,6 +1,7 @@
 """MABN2d: the state of Moving Average Batch Normalization and what moves it."""
 
 import logging
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -151,7 +152,7 @@ class MABN2d(nn.Module):
                 f"({batch_size})"
             )
         for name, good in (
-            ("eps", new["eps"] > 0),
+            ("eps", 0 < new["eps"] < math.inf),
             ("momentum", 0 <= new["momentum"] <= 1),
             ("warmup_iters", new["warmup_iters"] >= 0),
             ("clip_start", new["clip_start"] >= 0),
