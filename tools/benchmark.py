@@ -115,7 +115,7 @@ def run_layer(args):
     for threads in args.threads:
         torch.set_num_threads(threads)
         for dtype, layout in [(d, f) for d in args.dtype for f in args.formats]:
-            for shape in args.shapes:
+            for shape, depth in [(s, d) for s in args.shapes for d in args.depth]:
                 like = {"dtype": DTYPES[dtype], "device": args.device}
                 x, dy = (
                     torch.randn(shape, **like).contiguous(memory_format=FORMATS[layout])
@@ -123,11 +123,11 @@ def run_layer(args):
                 )
                 steps = {}
                 for name in args.norms:
-                    layers = [NORMS[name](shape[1]) for _ in range(args.depth)]
+                    layers = [NORMS[name](shape[1]) for _ in range(depth)]
                     net = nn.Sequential(*layers).to(args.device)
                     steps[name] = partial(layer_step, net, x.requires_grad_(), dy)
                 where = {"threads": threads, "dtype": dtype, "format": layout, "shape": shape}
-                yield {**where, "depth": args.depth}, steps
+                yield {**where, "depth": depth}, steps
 
 
 def layer_step(net, x, dy):
@@ -299,7 +299,9 @@ def parse(argv=None):
         type=partial(listed, shape),
         help="layer: 2x64x128x128,...",
     )
-    parser.add_argument("--depth", type=int, default=1, help="layer: norms in a row")
+    parser.add_argument(
+        "--depth", default=[1], type=partial(listed, int), help="layer: norms in a row, 1,2,4"
+    )
     parser.add_argument("--batch", type=int, default=2, help="inference, step: images")
     parser.add_argument("--size", type=int, default=224, help="inference, step: pixels a side")
     parser.add_argument(
