@@ -2,7 +2,6 @@
 """Converts checkpoints: classifiers and detectors to Detectron2, MABN to FrozenBN."""
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
@@ -11,11 +10,23 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.logger import setup_logger
 
 from mabn_d2 import add_mabn_config
-from mabn_d2.checkpoint import CheckpointError, convert_detector, convert_imagenet, fold_detector
+from mabn_d2.checkpoint import (
+    CheckpointError,
+    convert_detector,
+    convert_imagenet,
+    fold_detector,
+    load_whole,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mabn_d2.checkpoint.fold import INTO, changed
-from mabn_d2.checkpoint.io import check_output, read_checkpoint, write_checkpoint
+from mabn_d2.checkpoint.io import check_output
 from mabn_d2.checkpoint.record import KEY
 from mabn_d2.modeling.norm import build_model
+
+
+def progress(text):
+    print(f"convert_weights.py: {text}", file=sys.stderr, flush=True)
 
 
 def parse_args():
@@ -55,11 +66,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def convert(args):
+def convert(args, checkpoint):
     """Return the converted checkpoint of "imagenet" or "detector"."""
-    functions = {"imagenet": convert_imagenet, "detector": convert_detector}
-    checkpoint = functions[args.command](
-        read_checkpoint(args.input),
+    function = {"imagenet": convert_imagenet, "detector": convert_detector}[args.command]
+    checkpoint = function(
+        checkpoint,
         args.stride_in_1x1,
         args.channel_order,
         args.pixel_mean,
@@ -69,15 +80,15 @@ def convert(args):
     record = checkpoint[KEY]
     print(f"{record['source']}: {len(checkpoint['model'])} entries converted")
     for rule, names in record["dropped"].items():
-        print(f"left out, {rule}: {len(names)}")
-    print("recorded in the file; the config that trains from it should have:")
+        print(f"left out: {len(names)} entries, {rule}")
+    print("recorded, to be the same in the config:")
     for key, value in record["config"].items():
         print(f"  {key} {value}")
     return checkpoint
 
 
-def fold(args):
-    """Return the folded checkpoint, and print the config that stock Detectron2 loads it with."""
+def fold(args, checkpoint):
+    """Return the folded checkpoint; print the config that stock Detectron2 loads it with."""
     cfg = get_cfg()
     add_mabn_config(cfg)
     try:
@@ -85,7 +96,7 @@ def fold(args):
     except (OSError, KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(f"--config-file {args.config_file}: {error}") from error
     cfg.MODEL.DEVICE = "cpu"
-    model = load_strictly(build_model(cfg), args.input)
+    model = load_whole(build_model(cfg), checkpoint)
     model, stock = fold_detector(model, cfg, args.into)
     stock.MODEL.WEIGHTS = str(args.output)
     print(CfgNode(changed(stock, get_cfg())).dump(), end="")
@@ -94,14 +105,18 @@ def fold(args):
 
 def main():
     args = parse_args()
-    setup_logger(name="mabn_d2")  # warnings, on stderr
+    setup_logger(name="mabn_d2")
+    start = time.perf_counter()
     try:
-        start = time.perf_counter()
         check_output(args.output, args.input, args.overwrite)
-        checkpoint = fold(args) if args.command == "fold" else convert(args)
+        checkpoint = read_checkpoint(args.input)
+        progress(f"read {args.input}, {args.input.stat().st_size / 1e6:.1f} MB")
+        checkpoint = (fold if args.command == "fold" else convert)(args, checkpoint)
         write_checkpoint(checkpoint, args.output)
     except CheckpointError as error:
         sys.exit(f"convert_weights.py: {error}")
+    size, seconds = args.output.stat().st_size / 1e6, time.perf_counter() - start
+    progress(f"wrote {args.output}, {size:.1f} MB, {seconds:.1f} s after the start")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from .checkpointer import SafeCheckpointer
 from .detector import convert_detector
-from .fold import fold_detector, fold_mabn, stock_config
+from .fold import fold_detector, fold_mabn, load_whole, stock_config
 from .imagenet import convert_imagenet
 from .io import CheckpointError, read_checkpoint, write_checkpoint
 from .recalibrate import layers_to_recalibrate, update_mabn_stats
@@ -17,6 +17,7 @@ __all__ = [
     "fold_detector",
     "fold_mabn",
     "layers_to_recalibrate",
+    "load_whole",
     "read_checkpoint",
     "stock_config",
     "update_mabn_stats",

@@ -16,6 +16,7 @@ from ..config import add_mabn_config
 from ..layers import MABN2d, center_weight
 from ..modeling.norm import CENTRED, NORM, detectron2_build_model
 from .io import CheckpointError
+from .state import WINDOWS, check, unwrap
 
 INTO = ("frozen_bn", "conv")
 _STOCK = {centred: stock for stock, centred in CENTRED.items()}
@@ -104,6 +105,18 @@ def _fold_into(conv, norm):
         conv.weight.copy_(conv.weight * scale[:, None, None, None])
         conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
     return nn.ReLU() if norm.activation else nn.Identity()
+
+
+def load_whole(model, checkpoint):
+    """Load a checkpoint of `model` for evaluation: all entries but the windows, which start empty.
+
+    Raises:
+        CheckpointError: listing entries that are missing, too many or don't fit.
+    """
+    state, _ = unwrap(checkpoint)
+    state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in WINDOWS}
+    model.load_state_dict(check(state, model.state_dict()))
+    return model.eval()
 
 
 def fold_detector(model, cfg, into="frozen_bn"):

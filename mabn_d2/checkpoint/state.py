@@ -94,9 +94,9 @@ def to_mabn(state, keep_buffers=False):
     """Bring every norm `X.norm` behind a convolution `X` to MABN's form.
 
     running_var stays; the windows and their counter are kept together, or dropped together so that
-    they start empty and are not read before they are full. A BatchNorm, which has a mean mu, becomes
-    y = w x / sqrt(running_var + eps) + b - w mu / sqrt(running_var + eps), behind a convolution whose
-    filters are centred here; that is another function, of which a warning tells.
+    they start empty and are not read before they are full. The filters in front of a BatchNorm are
+    centred; what that does not take of its mean is folded into the bias. Where they were not centred
+    before, the result is another function, of which a warning tells.
 
     Args:
         state: {Detectron2 name: tensor}.
@@ -116,7 +116,7 @@ def to_mabn(state, keep_buffers=False):
         conv = norm.removesuffix(".norm")
         for entry in ("weight", "bias", "running_var", "running_mean"):
             value = state.get(f"{norm}.{entry}")
-            if value is not None and value.dim() == 4 and value.numel() == value.shape[1]:
+            if value is not None and value.shape == (1, value.numel(), 1, 1):
                 state[f"{norm}.{entry}"] = value.reshape(-1)
         drop("BatchNorm's counter", f"{norm}.num_batches_tracked")
         windows = [f"{norm}.{entry}" for entry in WINDOWS]
@@ -127,9 +127,9 @@ def to_mabn(state, keep_buffers=False):
                     f"no {listed(lacking)} to keep: leave --keep-buffers out, so that the windows "
                     "start empty"
                 )
-            channels = state[windows[0]].numel() // max(state[windows[0]].shape[0], 1)
             for name in windows[:2]:
-                state[name] = state[name].reshape(-1, channels) if channels else state[name]
+                if state[name].dim() > 2:
+                    state[name] = state[name].flatten(1)
         else:
             drop("windows and counters, which start over", *windows)
         drop(
@@ -140,46 +140,69 @@ def to_mabn(state, keep_buffers=False):
             centred.append(conv)
     if centred:
         _logger.warning(
-            f"{len(centred)} norms are BatchNorm: their means are folded into biases and the filters "
-            "are centred, which CHANGES what the model computes. Recalibrate it (update_mabn_stats) "
-            "or train it on before use. Published experience: fine-tuning from weights that were "
+            f"{len(centred)} norms are BatchNorm: the filters in front of them are centred, which "
+            "CHANGES what the model computes. Recalibrate it (update_mabn_stats) or train it before "
+            "use. Published experience: fine-tuning from weights that were "
             "not trained centred reached 19.6 AP instead of 36."
         )
     return state, {rule: names for rule, names in dropped.items() if names}
 
 
 def _fold_mean(state, conv, drop):
-    """Fold running_mean and the convolution's bias into the norm's bias; True if there was any."""
+    """Fold running_mean and the convolution's bias into the norm's bias.
+
+    Returns:
+        True of a BatchNorm behind filters that were not centred: what it computes changes.
+    """
+    names = [f"{conv}.{entry}" for entry in ("weight", "norm.weight", "norm.bias", "norm.running_var")]
     mean, shift = state.get(f"{conv}.norm.running_mean"), state.get(f"{conv}.bias")
-    offset = 0
-    if mean is not None and mean.any():
-        offset = offset - mean
-    if shift is not None and shift.any():
-        offset = offset + shift
-    if isinstance(offset, torch.Tensor):
-        entries = [f"{conv}.norm.{entry}" for entry in ("weight", "bias", "running_var")]
-        lacking = [name for name in [*entries, f"{conv}.weight"] if name not in state]
+    changes = False
+    if mean is not None or (shift is not None and shift.any()):
+        lacking = [name for name in names if name not in state]
         if lacking:
             raise CheckpointError(f"a norm that lacks {listed(lacking)}: use a whole checkpoint")
-        weight, bias, var = (state[name].double() for name in entries)
-        if len({offset.shape, weight.shape, bias.shape, var.shape}) > 1:
-            raise CheckpointError(f"{conv}.norm has entries of different shapes: use a whole file")
-        state[entries[1]] = (bias + weight * offset / (var + EPS).sqrt()).float()
+        filters, weight, bias, var = (state[name].double() for name in names)
+        vectors = [v for v in (weight, bias, var, mean, shift) if v is not None]
+        if filters.dim() != 4 or any(v.shape != filters.shape[:1] for v in vectors):
+            raise CheckpointError(f"{conv} and its norm have entries of different shapes")
+        offset = torch.zeros_like(bias) if shift is None else shift.double()
+        if mean is not None:
+            own = _own_means(filters)
+            changes = bool(own.any())
+            offset = -_mean_left(own, mean - offset, var + EPS)
+            state[names[0]] = center_weight(filters).float()
+        state[names[2]] = (bias + weight * offset / (var + EPS).sqrt()).float()
     drop("means of BatchNorm, zero or folded into biases", f"{conv}.norm.running_mean")
-    drop("biases in front of a norm, zero or folded into it", f"{conv}.bias")
-    if mean is None or not mean.any():
-        return False
-    if state[f"{conv}.weight"].dim() == 4:
-        state[f"{conv}.weight"] = center_weight(state[f"{conv}.weight"].float())
-    return True
+    drop("biases in front of a norm, zero or folded into its own", f"{conv}.bias")
+    return changes
+
+
+def _own_means(filters):
+    """Return the means (O,) of filters (O, I, kH, kW); exactly 0 of those that are centred."""
+    means = filters.mean((1, 2, 3))
+    return torch.where(means.abs() > 1e-5 * filters.abs().mean(), means, 0)
+
+
+def _mean_left(own, mean, var):
+    """Return an estimate of the mean (O,) that a convolution's outputs keep when it is centred.
+
+    An output is that of the centred filter plus the filter's `own` mean times the sum s of the
+    patch, so mean = mean_left + own * E[s]. E[s] is not in a checkpoint, but it is the same for all
+    filters: least squares over them, in units of their outputs' deviation, estimate it. Filters that
+    are centred already keep the whole mean.
+    """
+    total = (own * own / var).sum()
+    return mean - own * (mean * own / var).sum() / total if total > 0 else mean
 
 
 def check(state, expected):
-    """Return `state` in float32, after a comparison with a model's `expected` state dict.
+    """Return `state` in the dtypes of a model's `expected` state dict, after a comparison with it.
+
+    Windows may be missing, and of any length.
 
     Raises:
-        CheckpointError: listing entries that are missing, too many, of another shape, no numbers,
-            not finite, or negative variances.
+        CheckpointError: listing entries that are missing, too many, of another shape or kind, not
+            finite, or negative variances and counters.
     """
     optional = {name for name in expected if name.rpartition(".")[2] in WINDOWS}
     missing = expected.keys() - optional - state.keys()
@@ -199,18 +222,18 @@ def check(state, expected):
         raise CheckpointError(f"shapes that don't fit the model: {listed(wrong)}")
     bad = []
     for name, value in state.items():
-        if name.endswith(".iters"):
-            good = not value.dtype.is_complex and bool((value >= 0).all())
-            state[name] = value.long()
+        dtype = expected[name].dtype
+        good = value.is_floating_point() == dtype.is_floating_point and not value.is_complex()
+        good = good and bool(value.isfinite().all())
+        if not dtype.is_floating_point or name.endswith("running_var"):
+            good = good and bool((value >= 0).all())
+        if good:
+            state[name] = value.to(dtype).contiguous()
         else:
-            good = value.is_floating_point() and bool(value.isfinite().all())
-            good = good and not (name.endswith("running_var") and bool((value < 0).any()))
-            state[name] = value.float().contiguous() if good else value
-        if not good:
             bad.append(name)
     if bad:
         raise CheckpointError(
-            f"values that are NaN, infinite, negative variances or no floating-point numbers: "
+            f"values that are NaN, infinite, negative where they can't be, or of another kind: "
             f"{listed(bad)}; use a checkpoint from before training diverged"
         )
     return state
