@@ -27,6 +27,11 @@ def add_mabn_config(cfg):
     # evaluates by its own and rank 0's are saved, as with Detectron2's BatchNorm.
     cfg.MODEL.MABN.SYNC_BEFORE_EVAL = False
 
+    # Write the statistics of LOG_LAYERS (names of norm layers; none: the first, middle and last) to
+    # TensorBoard and metrics.json every so many iterations; 0: never. See engine/statistics.py.
+    cfg.MODEL.MABN.LOG_PERIOD = 0
+    cfg.MODEL.MABN.LOG_LAYERS = ()
+
     # What to do with an image or annotation that can't be used: "stop", with its path or id, or
     # "skip", logged and counted (the scalar bad_images).
     cfg.DATALOADER.BAD_INPUT = "stop"

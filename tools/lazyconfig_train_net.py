@@ -2,10 +2,8 @@
 """Trains and evaluates a model of a LazyConfig, with MABN; the flags are Detectron2's own."""
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
-    create_ddp_model,
     default_argument_parser,
     default_setup,
     default_writers,
@@ -16,7 +14,8 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from mabn_d2 import configure_mabn
-from mabn_d2.engine.step import GuardedTrainer
+from mabn_d2.checkpoint import SafeCheckpointer
+from mabn_d2.engine.step import GuardedDDP, GuardedTrainer
 
 
 def build_model(cfg):
@@ -38,10 +37,13 @@ def train(cfg, model, resume):
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    devices = {"device_ids": None} if torch.device(cfg.train.device).type == "cpu" else {}
-    model = create_ddp_model(model, **cfg.train.ddp, **devices)
+    if comm.get_world_size() > 1:
+        on_cpu = torch.device(cfg.train.device).type == "cpu"
+        devices = None if on_cpu else [comm.get_local_rank()]
+        buffers = cfg.train.ddp.broadcast_buffers
+        model = GuardedDDP(model, device_ids=devices, broadcast_buffers=buffers)
     trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.train.amp.enabled)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()
     scheduler = instantiate(cfg.lr_multiplier)
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
@@ -65,7 +67,7 @@ def main(args):
     model = build_model(cfg)
     if not args.eval_only:
         return train(cfg, model, args.resume)
-    DetectionCheckpointer(model, cfg.train.output_dir).resume_or_load(
+    SafeCheckpointer(model, cfg.train.output_dir).resume_or_load(
         cfg.train.init_checkpoint, resume=args.resume
     )
     return evaluate(cfg, model)

@@ -18,8 +18,10 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import SafeCheckpointer, layers_to_recalibrate, warn_of_differences
 from ..data.loader import build_train_loader
+from ..modeling.norm import norm_settings
 from ..solver import build_optimizer
 from .hooks import RecalibrateMABN, SeedEachIteration, StopOnSignal, SyncStatistics
+from .statistics import LogStatistics
 from .step import GuardedDDP, GuardedTrainer
 
 
@@ -73,6 +75,18 @@ class Trainer(DefaultTrainer):
             cfg.DATALOADER.NUM_WORKERS = 0  # as for Detectron2's own PreciseBN
             loader, num_iters = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
             ours.append(RecalibrateMABN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iters))
+        node = self.cfg.MODEL.MABN
+        if node.LOG_PERIOD > 0:
+            model = getattr(self.model, "module", self.model)
+            settings = norm_settings(self.cfg)
+            ours.append(LogStatistics(
+                model,
+                node.LOG_PERIOD,
+                node.LOG_LAYERS,
+                window=settings["simulated_batch_size"] // settings["batch_size"],
+                momentum=node.MOMENTUM,
+                grad_scaler=self._trainer.grad_scaler,
+            ))
         return [*ours, *super().build_hooks(), StopOnSignal(self.checkpointer)]
 
     @classmethod

@@ -174,6 +174,11 @@ class MABN2d(nn.Module):
         """m, the number of iterations, or groups, that the windows span."""
         return len(self.buffer_x2)
 
+    @property
+    def last(self):
+        """The Statistics of the newest training forward, or None; none under torch.compile."""
+        return self._records[0] if self._records else None
+
     def reset_windows(self):
         """Empty both windows and set the counter back with them; running_var stays."""
         # The windows' rows are read only once the counter says that all of them are written.
