@@ -141,8 +141,9 @@ def test_folded_batch_norm_is_refused():
 def test_warm_start_on_digits():
     """A BatchNorm classifier of digits keeps most of its accuracy, once recalibrated."""
     digits = load_digits()
-    x = torch.as_tensor(digits.images / 16, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
-    x, y = nn.functional.interpolate(x, scale_factor=4) * 2 - 1, torch.as_tensor(digits.target)
+    order = torch.randperm(len(digits.target))
+    x = torch.as_tensor(digits.images / 16, dtype=torch.float32)[order, None].expand(-1, 3, -1, -1)
+    x, y = nn.functional.interpolate(x, scale_factor=4) * 2 - 1, torch.as_tensor(digits.target)[order]
     source = PublishedResNet(18, width=16, classes=10, conv=nn.Conv2d, norm=nn.BatchNorm2d).train()
     for module in source.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,0 +1,98 @@
+"""checkpoint/fold.py."""
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+from mabn_d2 import CheckpointError, fold_mabn
+from mabn_d2.checkpoint import fold_detector
+from mabn_d2.layers import CenConv2d, MABN2d
+from mabn_d2.modeling.norm import CenNormConv2d, build_model
+
+from detectors import assert_same_instances, narrow_cfg, randomized, scenes
+
+
+def pair(activation=None, bias=True):
+    """CenConv2d and MABN2d in sequence, and as one of Detectron2's convolutions."""
+    norm = MABN2d(6, activation=activation, eps=1e-3)
+    sequence = randomized(nn.Sequential(CenConv2d(4, 6, 3, bias=bias), norm))
+    joined = Conv2d(4, 6, 3, bias=bias, norm=norm)
+    joined.__class__ = CenNormConv2d
+    joined.weight, joined.bias = sequence[0].weight, sequence[0].bias
+    return sequence, joined.eval()
+
+
+@pytest.mark.parametrize("into", ["frozen_bn", "conv"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers(into, activation, bias):
+    x = torch.randn(2, 4, 9, 9)
+    for module in pair(activation, bias):
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        folded = fold_mabn(module, into)
+        found, expected = folded(x), module(x)
+        assert (expected.min() >= 0) == (activation == "relu")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        # The plain formula, so that both can't be wrong.
+        plain = module[1] if isinstance(module, nn.Sequential) else module.norm
+        conv = module[0] if isinstance(module, nn.Sequential) else module
+        weight = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
+        y = nn.functional.conv2d(x, weight, conv.bias) / (plain.running_var + 1e-3).sqrt()[:, None, None]
+        y = y * plain.weight[:, None, None] + plain.bias[:, None, None]
+        torch.testing.assert_close(found, y.relu() if activation else y, rtol=1e-4, atol=1e-5)
+        kinds = [type(layer) for layer in folded.modules()]
+        assert not {MABN2d, CenConv2d, CenNormConv2d} & set(kinds)
+        assert any(issubclass(k, FrozenBatchNorm2d) for k in kinds) == (into == "frozen_bn")
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[name])
+
+
+def test_norms_by_themselves():
+    norm = randomized(MABN2d(4))
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(fold_mabn(norm)(x), norm(x))
+    alone = nn.Sequential(nn.ReLU(), norm)
+    torch.testing.assert_close(fold_mabn(alone)(x), alone(x))
+    with pytest.raises(ValueError, match="no convolution in front to fold 1 into"):
+        fold_mabn(alone, "conv")
+    with pytest.raises(ValueError, match="'bn'"):
+        fold_mabn(norm, "bn")
+
+
+def test_shared_norm_and_other_dtypes():
+    sequence, _ = pair()
+    heads = nn.ModuleList([sequence, sequence]).double()
+    folded = fold_mabn(heads)
+    assert folded[0] is folded[1] and type(folded[0][1]) is FrozenBatchNorm2d
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(folded[0](x), heads[0](x))
+
+
+@torch.no_grad()  # with gradients FrozenBatchNorm2d rounds otherwise
+@pytest.mark.parametrize("into", ["frozen_bn", "conv"])
+def test_detector(into):
+    cfg = narrow_cfg()
+    model = randomized(build_model(cfg))
+    folded, stock = fold_detector(model, cfg, into)
+    assert not any(isinstance(module, MABN2d) for module in folded.modules())
+    images = scenes()
+    # The scaled filters of "conv" are rounded otherwise, which random weights amplify.
+    assert_same_instances(model(images), folded(images), rtol=0 if into == "frozen_bn" else 1e-4)
+    assert "MABN" not in stock.dump() and "OPTIMIZER" not in stock.SOLVER
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+def test_rounding_is_all_that_differs(dtype, error):
+    backbone = randomized(build_model(narrow_cfg())).backbone.to(dtype)
+    x = torch.randn(1, 3, 64, 96, dtype=dtype)
+    found, expected = fold_mabn(backbone, "conv")(x), backbone(x)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < error * value.norm(), name
+
+
+def test_detector_that_stock_detectron2_does_not_build():
+    cfg = narrow_cfg(DEPTH=18, RES2_OUT_CHANNELS=16)
+    with pytest.raises(CheckpointError, match="RES2_OUT_CHANNELS = 64"):
+        fold_detector(build_model(cfg), cfg)
