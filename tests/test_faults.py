@@ -1,6 +1,9 @@
 """Faults injected into training: each must end as README's table of guarantees says."""
 
 import os
+import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from mabn_d2 import CheckpointError, SafeCheckpointer
 from mabn_d2.data.loader import BadImageError, build_train_loader
 from mabn_d2.engine import ConfigError, Trainer, check_config, step
 from mabn_d2.layers import MABN2d
@@ -186,3 +190,57 @@ def test_statistics_are_averaged_over_ranks_of_different_data(tmp_path):
         assert torch.equal(value, saved[name]), name
     first = "backbone.bottom_up.stem.conv1.norm.buffer_x2"
     assert not torch.equal(states[0][first], states[1][first])
+
+
+def test_disk_that_takes_no_more(digits_cfg, tmp_path):
+    """A limit on the size of files fails as a full disk does, in the middle of the writing."""
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER = 1
+    trainer = Trainer(digits_cfg)
+    trainer.train()
+    folder = tmp_path / "output"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="model_later.pth"):
+            trainer.checkpointer.save("model_later")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    resumed = Trainer(digits_cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 1
+
+
+class Hostile:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "executed"),)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_hostile_checkpoint(digits_cfg, tmp_path, suffix):
+    """Refused as MODEL.WEIGHTS, --eval-only and --resume."""
+    file = tmp_path / f"hostile{suffix}"
+    with open(file, "wb") as opened:
+        if suffix == ".pth":
+            torch.save({"model": Hostile(tmp_path)}, opened)
+        else:
+            pickle.dump({"model": Hostile(tmp_path), "__author__": "x"}, opened)
+    digits_cfg.MODEL.WEIGHTS = str(file)
+    trainer = Trainer(digits_cfg)
+    with pytest.raises(CheckpointError, match="hostile"):
+        trainer.resume_or_load(resume=False)
+    os.makedirs(digits_cfg.OUTPUT_DIR, exist_ok=True)
+    shutil.copy(file, digits_cfg.OUTPUT_DIR)
+    (tmp_path / "output" / "last_checkpoint").write_text(file.name)
+    with pytest.raises(CheckpointError, match="hostile"):
+        trainer.resume_or_load(resume=True)
+    with pytest.raises(CheckpointError, match="hostile"):
+        SafeCheckpointer(trainer.model).load(str(file))
+    assert not (tmp_path / "executed").exists()
+    torch.load(file, weights_only=False) if suffix == ".pth" else pickle.loads(file.read_bytes())
+    assert (tmp_path / "executed").exists()  # the file would have done it
