@@ -18,8 +18,7 @@ import torchvision
 from tabulate import tabulate
 from torch import nn
 
-import mabn_d2.layers
-from mabn_d2.layers import MABN2d
+from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.utils import benchmark
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,10 +72,6 @@ class FormulaMABN2d(nn.Module):
         return z * scale + self.bias.to(x.dtype)[:, None, None]
 
 
-def batch_renorm(channels):
-    return mabn_d2.layers.BatchRenorm2d(channels)
-
-
 NORMS = {
     "bn": nn.BatchNorm2d,
     "bn_relu": lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)),
@@ -84,7 +79,7 @@ NORMS = {
     "gn": lambda channels: nn.GroupNorm(min(32, channels), channels),
     "in": partial(nn.InstanceNorm2d, affine=True),
     "ln": partial(nn.GroupNorm, 1),  # over C, H, W
-    "brn": batch_renorm,
+    "brn": BatchRenorm2d,
     "mabn": MABN2d,
     "mabn_relu": partial(MABN2d, activation="relu"),
     "formula": FormulaMABN2d,
@@ -100,8 +95,6 @@ def choose_norms(names, known, device):
         ValueError: for a norm that is unknown here, or can't run, naming those that can.
     """
     able = [name for name in known if name != "syncbn" or device == "cuda"]
-    if not hasattr(mabn_d2.layers, "BatchRenorm2d"):
-        able = [name for name in able if name != "brn"]
     names = names.split(",")
     names = list(dict.fromkeys([*map(baseline, names), *names]))
     for name in names:
@@ -221,9 +214,16 @@ def plot(report, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     rows, norms = report["results"], report["settings"]["norms"]
-    for norm in norms:
-        of_norm = sorted((row for row in rows if row["norm"] == norm), key=lambda r: r["elements"])
-        left.plot([r["elements"] for r in of_norm], [r["ms"][1] for r in of_norm], "o-", label=norm)
+    lines = list(dict.fromkeys((r["dtype"], r["format"], r["threads"], r["depth"]) for r in rows))
+    for k, norm in enumerate(norms):
+        for i, line in enumerate(lines):  # one colour a norm, one line a case
+            of_line = [
+                r
+                for r in sorted(rows, key=lambda r: r["elements"])
+                if r["norm"] == norm and (r["dtype"], r["format"], r["threads"], r["depth"]) == line
+            ]
+            x, y = [r["elements"] for r in of_line], [r["ms"][1] for r in of_line]
+            left.plot(x, y, "o-", color=f"C{k}", label=None if i else norm, linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="elements (N C H W, depth)", ylabel="ms")
     left.legend()
     cases = list(dict.fromkeys((r["dtype"], r["format"], r["threads"]) for r in rows))
@@ -237,7 +237,9 @@ def plot(report, path):
                 if r["norm"] == norm and (r["dtype"], r["format"], r["threads"]) == case
             ]
             heights.append(torch.tensor(ratios).log().mean().exp().item())
-        right.bar([i + k * width for i in range(len(cases))], heights, width, label=norm)
+        right.bar(
+            [i + k * width for i in range(len(cases))], heights, width, color=f"C{k}", label=norm
+        )
     labels = [f"{dtype} {layout}\n{threads} threads" for dtype, layout, threads in cases]
     right.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], labels, fontsize=7)
     right.axhline(1, color="gray", linewidth=0.7)
