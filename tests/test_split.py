@@ -131,6 +131,17 @@ def test_repeated_forward_counts_once(device):
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_relu_in_place_behind_it(device, memory_format):
+    gradients = []
+    for relu in (torch.relu, torch.relu_):
+        x = torch.linspace(-1, 2, 240, dtype=torch.float64, device=device).view(4, 3, 4, 5)
+        x = x.contiguous(memory_format=memory_format).requires_grad_()
+        relu(make_layer().to(device)(x)).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_infinite_input_moves_no_window(device):
     layer = make_layer().to(device)
     x = torch.randn(4, 3, 4, 5, dtype=torch.float64, device=device)

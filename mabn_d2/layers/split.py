@@ -96,7 +96,9 @@ def affine(x, scale, shift, out=None):
     The result is `out`, which is like x, or a new tensor.
     """
     if x.is_contiguous():
-        return kernels.scale_shift(_fold(x), scale.flatten(), shift.flatten()).view(x.shape)
+        y = kernels.scale_shift(_fold(x), scale.flatten(), shift.flatten())
+        # Nothing else holds y, and an in-place ReLU on a view from a custom function is an error.
+        return torch.ops.aten._unsafe_view(y, x.shape)
     out = torch.empty_like(x) if out is None else out
     return torch.addcmul(kernels.maps(shift), x, kernels.maps(scale), out=out)
 
