@@ -37,3 +37,7 @@ if find_spec("detectron2"):
         "update_mabn_stats",
         "warn_of_differences",
     ]
+
+
+def setup_environment():
+    """Do nothing: Detectron2 calls it where DETECTRON2_ENV_MODULE=mabn_d2, after the import."""

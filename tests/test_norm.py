@@ -1,5 +1,7 @@
 import copy
+import os
 import pickle
+import subprocess
 import sys
 
 import detectron2.layers
@@ -15,6 +17,8 @@ from torch import nn
 import mabn_d2  # noqa: F401 (registers)
 from mabn_d2.layers import BatchRenorm2d, CenConv2d, MABN2d
 from mabn_d2.modeling.norm import CenNormConv2d, build_model as extended_build_model
+
+from conftest import ROOT
 
 
 def test_every_module_holds_the_extended_function():
@@ -109,3 +113,16 @@ def test_layers_made_directly_are_left_alone():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), MABN2d(4))
     assert type(net[0]) is nn.Conv2d
     assert detectron2.layers.Conv2d is Conv2d
+
+
+def test_unmodified_script_takes_the_plugin_from_the_environment():
+    """Detectron2's documented hook; the import comes in the midst of Detectron2's own."""
+    code = (
+        "from detectron2.modeling import BACKBONE_REGISTRY, build_model\n"
+        "from detectron2.modeling.backbone.resnet import get_norm\n"
+        "assert type(get_norm('MABN', 4)).__name__ == 'MABN2d'\n"
+        "assert 'build_mabn_resnet_fpn_backbone' in BACKBONE_REGISTRY\n"
+        "assert build_model.__module__ == 'mabn_d2.modeling.norm'\n"
+    )
+    environment = {**os.environ, "DETECTRON2_ENV_MODULE": "mabn_d2", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
