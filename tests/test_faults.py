@@ -66,6 +66,32 @@ def test_batches_with_nan_are_rejected(digits_cfg, amp):
     assert stem.iters == 4 and stem.rejected == 2
 
 
+def test_overflow_and_a_moving_scale(digits_cfg, tmp_path):
+    """Scaled gradients train as plain ones do; those that overflow are skipped, windows follow."""
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER = 6
+    digits_cfg.MODEL.MABN.SIMULATED_BATCH_SIZE, digits_cfg.MODEL.MABN.WARMUP_ITERS = 4, 1
+    runs = []
+    for scale in (None, 2.0**10, 2.0**126):
+        digits_cfg.OUTPUT_DIR = str(tmp_path / str(scale))
+        torch.manual_seed(0)
+        trainer = Trainer(digits_cfg)
+        if scale:
+            trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", scale, growth_interval=2)
+        trainer.train()
+        runs.append(trainer)
+    plain, scaled, overflown = runs
+    assert scaled._trainer.grad_scaler.get_scale() == 2.0**13 and scaled._trainer.rejected == 0
+    norms = [[m for m in run.model.modules() if isinstance(m, MABN2d)] for run in runs]
+    for ours, theirs in zip(*norms[:2], strict=True):
+        torch.testing.assert_close(theirs.buffer_gz / 2**13, ours.buffer_gz, rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-5)
+    assert overflown._trainer.rejected > 0
+    assert overflown._trainer.grad_scaler.get_scale() < 2.0**126
+    assert all(v.isfinite().all() for v in overflown.model.state_dict().values())
+
+
 def test_nothing_but_nan_ends_the_run(digits_cfg, monkeypatch):
     digits_cfg.SOLVER.MAX_ITER = 50
     monkeypatch.setattr(step, "MAX_REJECTED", 3)
