@@ -2,14 +2,13 @@
 
 import re
 
-import torch
 from detectron2.config import get_cfg
 
 from ..config import add_mabn_config
 from ..modeling.norm import NORM, build_model
 from .io import CheckpointError
 from .record import checkpoint_of, recorded
-from .resnet import detectron2_name, resnet_config
+from .resnet import detectron2_name, resnet_config, without_data
 from .state import check, rename, to_mabn, unwrap
 
 # What the published detector was trained with.
@@ -151,7 +150,7 @@ def _expected(config, anchors):
         cfg.merge_from_list([key, value])
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
+    with without_data("detector"):
         return build_model(cfg).state_dict()
 
 

@@ -72,6 +72,7 @@ _ALLOWED = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _DType,
     "_codecs.encode": _encode,
+    "__builtin__.bytes": lambda: b"",  # how protocols below 3 store that one
 }
 for _core in ("_core", "core"):  # of numpy 2 and of numpy 1
     _ALLOWED[f"numpy.{_core}.multiarray._reconstruct"] = _Array

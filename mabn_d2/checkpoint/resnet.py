@@ -1,6 +1,7 @@
 """ResNets in a state dict: Detectron2's names for them, and the config that builds them."""
 
 import re
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import get_cfg
@@ -72,12 +73,27 @@ def resnet_config(state):
 
 
 def expected_resnet(config):
-    """Return the state dict, without data, of the MABN ResNet that {config key: value} builds."""
+    """Return the state dict, without data, of the MABN ResNet that {config key: value} builds.
+
+    Raises:
+        CheckpointError: if none can have such numbers of channels.
+    """
     cfg = get_cfg()
     add_mabn_config(cfg)
     for key, value in config.items():
         cfg.merge_from_list([key, value])
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    with torch.device("meta"):
+    with without_data("ResNet"):
         return build_mabn_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
+
+
+@contextmanager
+def without_data(kind):
+    """Build a model for its shapes only; CheckpointError if it can't be built with them."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"no {kind} has the shapes of this file: {reason}") from error
