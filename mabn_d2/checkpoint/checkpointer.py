@@ -39,14 +39,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         # As Detectron2 does, but for the reading.
         data = self._torch_load(filename)
         if filename.endswith(".pyth"):
-            weights, author = data.get("model_state"), "pycls"
-            if weights is None:
-                raise CheckpointError(f"{filename} has no model_state, which pycls writes")
-            left_out = "num_batches_tracked"
+            weights, author, left_out = data.get("model_state"), "pycls", "num_batches_tracked"
         elif "model" in data and "__author__" in data:
             return data
         else:
             weights, author, left_out = data.get("blobs", data), "Caffe2", "_momentum"
+        if not isinstance(weights, dict):
+            raise CheckpointError(f"{filename} holds no state dict of {author}: use another file")
         weights = {k: v for k, v in weights.items() if not k.endswith(left_out)}
         return {"model": weights, "__author__": author, "matching_heuristics": True}
 

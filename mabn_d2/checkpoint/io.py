@@ -19,6 +19,10 @@ _TORCH_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of fil
 class CheckpointError(ValueError):
     """One line that names the file or the entries, what is wrong and what to do."""
 
+    def __init__(self, message):
+        # Names come from the file, and must neither break the line nor steer the terminal.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 def _encode(text, encoding):
     """`_codecs.encode`, which protocol 2 stores bytes by; other encodings could unpack a bomb."""

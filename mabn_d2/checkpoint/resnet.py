@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from detectron2.config import get_cfg
@@ -78,9 +79,14 @@ def expected_resnet(config):
     Raises:
         CheckpointError: if none can have such numbers of channels.
     """
+    return dict(_expected_resnet(tuple(config.items())))
+
+
+@lru_cache(maxsize=8)  # building takes longer than comparing
+def _expected_resnet(items):
     cfg = get_cfg()
     add_mabn_config(cfg)
-    for key, value in config.items():
+    for key, value in items:
         cfg.merge_from_list([key, value])
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
