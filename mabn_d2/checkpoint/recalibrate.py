@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import MABN2d, kernels
 
@@ -60,6 +61,8 @@ def update_mabn_stats(model, data_loader, num_iters=200):
         FloatingPointError: naming a layer that something reaches that is not finite; nothing has
             changed then.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # a forward that ends early must not be waited for
     layers = layers_to_recalibrate(model)
     if not layers:
         raise ValueError(
