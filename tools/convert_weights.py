@@ -9,7 +9,6 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.logger import setup_logger
 
-from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import (
     CheckpointError,
     convert_detector,
@@ -22,6 +21,7 @@ from mabn_d2.checkpoint import (
 from mabn_d2.checkpoint.fold import INTO, changed
 from mabn_d2.checkpoint.io import check_output
 from mabn_d2.checkpoint.record import KEY
+from mabn_d2.engine import read_config
 from mabn_d2.modeling.norm import build_model
 
 
@@ -89,14 +89,14 @@ def convert(args, checkpoint):
 
 def fold(args, checkpoint):
     """Return the folded checkpoint; print the config that stock Detectron2 loads it with."""
-    cfg = get_cfg()
-    add_mabn_config(cfg)
     try:
-        cfg.merge_from_file(str(args.config_file))
-    except (OSError, KeyError, ValueError, AssertionError) as error:
-        raise CheckpointError(f"--config-file {args.config_file}: {error}") from error
-    cfg.MODEL.DEVICE = "cpu"
-    model = load_whole(build_model(cfg), checkpoint)
+        cfg = read_config(str(args.config_file))
+        cfg.MODEL.DEVICE = "cpu"
+        model = build_model(cfg)
+    except (KeyError, ValueError, AssertionError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"no model from {args.config_file}: {text}") from error
+    model = load_whole(model, checkpoint)
     model, stock = fold_detector(model, cfg, args.into)
     stock.MODEL.WEIGHTS = str(args.output)
     print(CfgNode(changed(stock, get_cfg())).dump(), end="")

@@ -28,10 +28,8 @@ class ConfigError(ValueError):
     """One line that names the key, its value and what to do."""
 
 
-def setup_config(args):
-    """Return the frozen config of Detectron2's command-line arguments.
-
-    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU.
+def read_config(config_file, opts=()):
+    """Return the config of a YAML file, changed by `opts`, a list of keys and values.
 
     Raises:
         ConfigError: for a file, key or value that can't be used.
@@ -40,15 +38,27 @@ def setup_config(args):
     add_mabn_config(cfg)
     defaults = cfg.clone()
     try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(opts)
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         text = " ".join(str(error.args[0] if error.args else error).split())
-        raise ConfigError(f"--config-file {args.config_file!r} {args.opts or ''}: {text}") from error
+        raise ConfigError(f"--config-file {config_file!r} {opts or ''}: {text}") from error
     # yacs checks types, but lets None take the place of any value.
     nones = [key for key in _differences(cfg, defaults) if _value(cfg, key) is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
+    return cfg
+
+
+def setup_config(args):
+    """Return the frozen config of Detectron2's command-line arguments.
+
+    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU.
+
+    Raises:
+        ConfigError: for a file, key or value that can't be used.
+    """
+    cfg = read_config(args.config_file, args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
