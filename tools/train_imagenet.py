@@ -294,13 +294,14 @@ def run(args, device, world_size, rank):
                     f"the loss is {total_loss} after iteration {done}: lower --lr or add "
                     f"--warmup-epochs, and go on from {latest} with --resume auto"
                 )
+            mean_loss = total_loss / count
             log(
-                loss=total_loss / count,
+                loss=mean_loss,
                 lr=optimizer.param_groups[0]["lr"],
                 images_per_second=images_seen * world_size / seconds,
                 loader_wait=waited / seconds,
             )
-            bar.set_postfix(loss=f"{total_loss / count:.3f}", wait=f"{waited / seconds:.0%}")
+            bar.set_postfix(loss=f"{mean_loss:.3f}", wait=f"{waited / seconds:.0%}")
             loss_sum.zero_()
             waited, images_seen = 0.0, 0
             began = time.perf_counter()
@@ -309,6 +310,7 @@ def run(args, device, world_size, rank):
         if ends_epoch or done == total:
             result, bad_paths = evaluate(model, val_loader, args, device)
             log(epoch=done / epoch_iters, **result)
+            result["train_loss"] = mean_loss  # since the last log entry
             if bad_paths:
                 bar.write(f"not tested, can't be read: {', '.join(bad_paths)}", sys.stderr)
             bar.write(f"epoch {done / epoch_iters:.0f}: " + json.dumps(result), sys.stderr)

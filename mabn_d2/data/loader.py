@@ -30,7 +30,8 @@ def seeded(seed):
     try:
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: where CUDA is not started yet, that keeps a stack trace a call for it.
+        torch.default_generator.manual_seed(seed)
         yield
     finally:
         random.setstate(states[0])

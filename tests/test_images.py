@@ -1,0 +1,102 @@
+"""Image folders: batches that resume, shares of ranks, bad files, bad folders."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from mabn_d2.data.digit_crops import CropParams, make_digit_crops
+from mabn_d2.data.images import (
+    Images,
+    ImagesError,
+    ShuffledBatches,
+    build_train_loader,
+    build_val_loader,
+    check_classes,
+    train_transform,
+    val_transform,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_digit_crops(tmp_path / "crops", CropParams(num_train=64, num_val=49))
+
+
+def images(folder, split="train", bad="next"):
+    transform = train_transform(24) if split == "train" else val_transform(24, 28)
+    return Images(folder / split, transform, bad)
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def damage(folder, keep=60):
+    """Truncate the first image and return its path."""
+    path = sorted(folder.rglob("*.png"))[0]
+    path.write_bytes(path.read_bytes()[:keep])
+    return str(path)
+
+
+def test_batches_depend_on_the_iteration_alone(folder):
+    train = images(folder)
+    straight = take(build_train_loader(train, 8, seed=3), 9)
+    resumed = take(build_train_loader(train, 8, seed=3, start=4, workers=2), 5)
+    for (a, la, _), (b, lb, _) in zip(straight[4:], resumed, strict=True):
+        assert torch.equal(a, b) and torch.equal(la, lb)
+    assert straight[0][0].shape == (8, 3, 24, 24) and straight[0][0].dtype == torch.uint8
+    other = take(build_train_loader(train, 8, seed=4), 1)
+    assert not torch.equal(straight[0][0], other[0][0])
+
+
+def test_every_image_comes_once_a_pass_over_the_ranks():
+    ranks = [take(ShuffledBatches(40, 4, 0, rank, 2), 10) for rank in range(2)]
+    keys = [key for step in zip(*ranks) for batch in step for key in batch]
+    indices, seeds = zip(*keys)
+    assert sorted(indices[:40]) == sorted(indices[40:]) == list(range(40))
+    assert indices[:40] != indices[40:] and len(set(seeds)) == 80
+
+
+def test_each_val_image_belongs_to_one_rank(folder):
+    val = images(folder, "val", "drop")
+    counts = [[len(labels) for _, labels, _ in build_val_loader(val, 8, 0, r, 2)] for r in (0, 1)]
+    assert counts == [[8, 8, 8, 1], [8, 8, 8]]
+
+
+def test_a_file_that_is_no_image_is_skipped_and_named(folder):
+    path = damage(folder / "train")
+    batches = take(build_train_loader(images(folder), 8, seed=0), 8)
+    assert [p for *_, bad in batches for p in bad] == [path]
+    assert all(len(labels) == 8 for _, labels, _ in batches)
+    path = damage(folder / "val")
+    batches = list(build_val_loader(images(folder, "val", "drop"), 8))
+    assert sum(len(labels) for _, labels, _ in batches) == 48
+    assert [p for *_, bad in batches for p in bad] == [path]
+    with pytest.raises(ImagesError, match="can't be read"):
+        list(build_val_loader(images(folder, "val", "error"), 8))
+
+
+def test_bad_folders_are_named(folder, tmp_path):
+    with pytest.raises(ImagesError, match="there is no folder"):
+        images(tmp_path / "nothing")
+    (tmp_path / "empty/train").mkdir(parents=True)
+    with pytest.raises(ImagesError, match="empty/train"):
+        images(tmp_path / "empty")
+    shutil.rmtree(folder / "val/7")
+    with pytest.raises(ImagesError, match=r"lacks 1 classes of .*train \(7\)"):
+        check_classes(images(folder), images(folder, "val"))
+    for path in (folder / "val/3").iterdir():
+        path.unlink()
+    with pytest.raises(ImagesError, match="3"):
+        images(folder, "val")
+
+
+def test_digit_crops_are_whole_and_reproducible(folder, tmp_path):
+    assert len(list((folder / "train").rglob("*.png"))) == 64
+    more = make_digit_crops(tmp_path / "more", CropParams(num_train=65, num_val=49))
+    for path in folder.rglob("*.png"):
+        assert path.read_bytes() == (more / path.relative_to(folder)).read_bytes()
+    with pytest.raises(ValueError, match="holds something else"):
+        make_digit_crops(folder, CropParams(num_train=65, num_val=49))
