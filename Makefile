@@ -20,10 +20,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each recipe is one shell script that ends at its first error.
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: help env demo test test-slow fuzz clean
+.PHONY: help env demo compare test test-slow fuzz clean
 
 help:
 	@echo "make demo       train Mask R-CNN with MABN on the digit scenes, evaluate it, draw pictures"
+	echo "make compare    train the digit scenes under each norm; resumes, repeats no finished run"
 	echo "make test       all tests that this machine can run, but the slow ones"
 	echo "make test-slow  the slow tests"
 	echo "make env        only the environment (.venv), from PYTHON=$(PYTHON)"
@@ -32,6 +33,9 @@ help:
 
 demo: $(READY)
 	@$(PY) tools/demo.py $(ARGS)
+
+compare: $(READY)
+	@$(PY) tools/compare_norms.py $(ARGS)
 
 test: $(READY)
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)

@@ -1,7 +1,7 @@
 """Moving Average Batch Normalization (ICLR 2020) for Detectron2.
 
-Importing this package registers it with Detectron2, if there is one: the norm types "MABN" and "BRN", the
-backbones `build_mabn_*`, the datasets `digit_scenes_*`. `mabn_d2.layers` needs torch only.
+Importing this package registers it with Detectron2, if there is one: the norm types "MABN" and
+"BRN", the backbones `build_mabn_*`, the datasets `digit_scenes_*`. `mabn_d2.layers` needs torch only.
 """
 
 from importlib.util import find_spec
@@ -20,10 +20,11 @@ if find_spec("detectron2"):
         warn_of_differences,
     )
     from .config import add_mabn_config
-    from .data import register_digit_scenes
+    from .data import LIT_SCENES, register_digit_scenes
     from .modeling import configure_mabn, convert_mabn
 
     register_digit_scenes()
+    register_digit_scenes(name="digit_scenes_lit", params=LIT_SCENES)
     __all__ = [
         "CheckpointError",
         "SafeCheckpointer",

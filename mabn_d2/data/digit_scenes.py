@@ -49,6 +49,18 @@ class SceneParams:
             )
 
 
+# Small images under light that differs from one to the next: what makes small batches hard to
+# normalize, as images of the world do. The dataset digit_scenes_lit.
+LIT_SCENES = SceneParams(
+    num_train=2400,
+    image_size=96,
+    num_digits=(1, 3),
+    digit_size=(18.0, 40.0),
+    light_sigma=0.2,
+    cast_sigma=0.1,
+)
+
+
 class SceneSources(NamedTuple):
     """What the scenes of one split are made of."""
 

@@ -30,10 +30,14 @@ def build_mabn_resnet_backbone(cfg, input_shape):
     Raises:
         ValueError: for a setting that this backbone does not have.
     """
+    _check(cfg.MODEL.RESNETS.NORM in (NORM, "FrozenBN"), cfg, "MODEL.RESNETS.NORM", '"MABN"')
+    return configure_mabn(_build_resnet(cfg, input_shape, NORM), **norm_settings(cfg))
+
+
+def _build_resnet(cfg, input_shape, norm):
     node = cfg.MODEL.RESNETS
     basic = node.DEPTH < 50
     _check(node.DEPTH in BLOCKS_PER_STAGE, cfg, "MODEL.RESNETS.DEPTH", f"of {[*BLOCKS_PER_STAGE]}")
-    _check(node.NORM in (NORM, "FrozenBN"), cfg, "MODEL.RESNETS.NORM", '"MABN"')
     _check(not any(node.DEFORM_ON_PER_STAGE), cfg, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "all False")
     _check(node.RES5_DILATION in ((1,) if basic else (1, 2)), cfg, "MODEL.RESNETS.RES5_DILATION",
            "1, or 2 from depth 50 on")
@@ -41,12 +45,12 @@ def build_mabn_resnet_backbone(cfg, input_shape):
 
     in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
     bottleneck_channels = node.NUM_GROUPS * node.WIDTH_PER_GROUP
-    stem = BasicStem(input_shape.channels, in_channels, norm=NORM)
+    stem = BasicStem(input_shape.channels, in_channels, norm=norm)
     stages = []
     for stage, num_blocks in enumerate(BLOCKS_PER_STAGE[node.DEPTH], start=2):
         dilation = node.RES5_DILATION if stage == 5 else 1
         first_stride = 1 if stage == 2 or dilation == 2 else 2
-        kwargs = {"stride_per_block": [first_stride] + [1] * (num_blocks - 1), "norm": NORM}
+        kwargs = {"stride_per_block": [first_stride] + [1] * (num_blocks - 1), "norm": norm}
         if not basic:
             kwargs |= {
                 "bottleneck_channels": bottleneck_channels,
@@ -70,8 +74,7 @@ def build_mabn_resnet_backbone(cfg, input_shape):
     for module in resnet.modules():
         if isinstance(module, nn.Conv2d):
             weight_init.c2_xavier_fill(module)  # kaiming_uniform with a = 1, as published
-    resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
-    return configure_mabn(resnet, **norm_settings(cfg))
+    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 @BACKBONE_REGISTRY.register()
@@ -84,17 +87,31 @@ def build_mabn_resnet_fpn_backbone(cfg, input_shape):
     Raises:
         ValueError: for a setting that this backbone does not have.
     """
+    _check(cfg.MODEL.FPN.NORM in (NORM, ""), cfg, "MODEL.FPN.NORM", '"MABN"')
+    fpn = _build_fpn(cfg, build_mabn_resnet_backbone(cfg, input_shape), NORM)
+    return configure_mabn(fpn, **norm_settings(cfg))
+
+
+@BACKBONE_REGISTRY.register()
+def build_any_norm_resnet_fpn_backbone(cfg, input_shape):
+    """Build what `build_mabn_resnet_fpn_backbone` builds under RESNETS.NORM and FPN.NORM, any norm.
+
+    For comparisons: the same depths, widths and initial weights whatever the norm.
+    """
+    resnet = _build_resnet(cfg, input_shape, cfg.MODEL.RESNETS.NORM)
+    return _build_fpn(cfg, resnet, cfg.MODEL.FPN.NORM)
+
+
+def _build_fpn(cfg, bottom_up, norm):
     node = cfg.MODEL.FPN
-    _check(node.NORM in (NORM, ""), cfg, "MODEL.FPN.NORM", '"MABN"')
-    fpn = FPN(
-        bottom_up=build_mabn_resnet_backbone(cfg, input_shape),
+    return FPN(
+        bottom_up=bottom_up,
         in_features=node.IN_FEATURES,
         out_channels=node.OUT_CHANNELS,
-        norm=NORM,
+        norm=norm,
         top_block=LastLevelMaxPool(),
         fuse_type=node.FUSE_TYPE,
     )
-    return configure_mabn(fpn, **norm_settings(cfg))
 
 
 def _check(good, cfg, key, wanted):

@@ -1,0 +1,176 @@
+#!/usr/bin/env python
+"""Trains one detector under several norms and compares them: the paper's table on a small scale.
+
+    tools/compare_norms.py                                    # everything, resumed where it was left
+    tools/compare_norms.py --rows MABN:2 BN:2 --seeds 0 --output output/quick --set SOLVER.MAX_ITER 500
+
+A row is NORM:IMAGES, the images in one iteration. All rows see the same images: with more of them in
+an iteration there are fewer iterations, and the learning rate grows in proportion. A run that is
+finished is not repeated; one that was cut short goes on from its last checkpoint.
+
+Writes to --output: runs.csv (a line a run), table.md (mean and standard deviation over the seeds),
+curves.png, predictions.png (the first seed's).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from detectron2.engine import default_setup
+from tabulate import tabulate
+
+from mabn_d2.checkpoint.io import atomic_file
+from mabn_d2.engine import Trainer, setup_config
+from mabn_d2.visualization import draw_predictions, plt, read_metrics
+
+CONFIG = Path(__file__).parents[1] / "configs/digits/compare_mask_rcnn_R10_FPN.yaml"
+ROWS = ("BN:2", "BRN:2", "GN:2", "MABN:2", "BN:16")
+NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+METRICS = [(task, ap) for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
+
+
+def make_config(args, row, seed):
+    """Return the config of one run: that of the file for 2 images, scaled to the row's."""
+    norm, images = row.split(":")
+
+    def load(opts):
+        return setup_config(SimpleNamespace(
+            config_file=str(args.config_file), opts=opts, num_gpus=args.num_gpus, num_machines=1,
+            resume=True, eval_only=False,
+        ))
+
+    base = load(args.opts)
+    factor = int(images) / base.SOLVER.IMS_PER_BATCH
+    scaled = {
+        "SOLVER.IMS_PER_BATCH": int(images),
+        "SOLVER.BASE_LR": base.SOLVER.BASE_LR * factor,
+        "SOLVER.MAX_ITER": round(base.SOLVER.MAX_ITER / factor),
+        "SOLVER.WARMUP_ITERS": round(base.SOLVER.WARMUP_ITERS / factor),
+        "SOLVER.CHECKPOINT_PERIOD": round(base.SOLVER.CHECKPOINT_PERIOD / factor),
+        "TEST.EVAL_PERIOD": round(base.TEST.EVAL_PERIOD / factor),
+        "SEED": seed,
+        "OUTPUT_DIR": f"{base.OUTPUT_DIR}/{norm}_{images}/seed{seed}",
+        **{f"MODEL.{node}.NORM": norm for node in NODES},
+    }
+    return load([*args.opts, *(part for item in scaled.items() for part in item)])
+
+
+def train(cfg, args):
+    """Train a run to its end, or read what it ended with; return its result."""
+    path = Path(cfg.OUTPUT_DIR) / "result.json"
+    conditions = cfg.dump()
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["config"] != conditions:
+            sys.exit(f"compare_norms.py: {path} is of another config: remove it, or name another "
+                     "OUTPUT_DIR")
+        return result
+    default_setup(cfg, SimpleNamespace(config_file=str(args.config_file), opts=args.opts))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    found = trainer._last_eval_results
+    seconds = [record["time"] for record in read_metrics(cfg.OUTPUT_DIR) if "time" in record]
+    result = {
+        **{f"{task} {ap}": found[task][ap] for task, ap in METRICS},
+        "s/iteration": statistics.median(seconds),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "device": cfg.MODEL.DEVICE,
+        "torch": torch.__version__,
+        "config": conditions,
+    }
+    with atomic_file(path) as file:
+        file.write(json.dumps(result, indent=1).encode())
+    return result
+
+
+def write_table(results, folder):
+    """Write runs.csv and table.md of {(row, seed): result}."""
+    names = [f"{task} {ap}" for task, ap in METRICS]
+    with atomic_file(folder / "runs.csv") as file:
+        columns = ["row", "seed", *names, "s/iteration", "iterations", "device", "torch"]
+        lines = [columns, *([row, seed, *(result[c] for c in columns[2:])]
+                            for (row, seed), result in results.items())]
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    table = []
+    for row in dict.fromkeys(row for row, _ in results):
+        runs = [result for (r, _), result in results.items() if r == row]
+        cells = [
+            f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "")
+            for v in ([run[name] for run in runs] for name in names)
+        ]
+        seconds = statistics.mean(run["s/iteration"] for run in runs)
+        table.append([row, len(runs), runs[0]["iterations"], *cells, f"{seconds:.3f}"])
+    headers = ["norm:images", "seeds", "iterations", *names, "s/iteration"]
+    text = tabulate(table, headers, tablefmt="github", disable_numparse=True)
+    with atomic_file(folder / "table.md") as file:
+        file.write(f"{text}\n".encode())
+
+
+def plot_curves(folders, path):
+    """Plot the total loss and AP of {row: [folder, ...]} against the images seen, all seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    names = (("total_loss", "loss"), ("bbox/AP", "box AP (%)"), ("segm/AP", "mask AP (%)"))
+    for number, (row, runs) in enumerate(folders.items()):
+        for k, records in enumerate(map(read_metrics, runs)):
+            for axis, (name, label) in zip(axes, names, strict=True):
+                points = [((r["iteration"] + 1) * int(row.split(":")[1]), r[name])
+                          for r in records if name in r]
+                axis.plot(*zip(*points), color=f"C{number}", alpha=0.8, label=None if k else row)
+                axis.set(xlabel="images seen", ylabel=label)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_yscale("log")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_page(configs, path):
+    """Draw the predictions of each row's first run, one below the other."""
+    size = (8, 3.4 * len(configs))
+    figure, axes = plt.subplots(len(configs), figsize=size, squeeze=False, layout="constrained")
+    for axis, (row, cfg) in zip(axes.flat, configs.items(), strict=True):
+        picture = Path(cfg.OUTPUT_DIR) / "predictions.png"
+        if not picture.exists():
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=True)
+            draw_predictions(cfg, trainer.model, picture)
+        axis.imshow(plt.imread(picture))
+        axis.set_title(row)
+        axis.set_axis_off()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default=CONFIG, help="for 2 images an iteration")
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="NORM:IMAGES")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--num-gpus", type=int, default=1, help="0: CPU even if there is a GPU")
+    parser.add_argument("--output", type=Path, default=Path("results/comparison"))
+    parser.add_argument("--set", dest="opts", nargs="+", default=[], metavar="KEY VALUE")
+    args = parser.parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results, configs = {}, {}
+    for seed in args.seeds:  # all rows of a seed before the next: an early look is a fair one
+        for row in args.rows:
+            configs[row, seed] = make_config(args, row, seed)
+            results[row, seed] = train(configs[row, seed], args)
+            write_table(results, args.output)
+    folders = {row: [configs[row, seed].OUTPUT_DIR for seed in args.seeds] for row in args.rows}
+    plot_curves(folders, args.output / "curves.png")
+    first = {row: configs[row, args.seeds[0]] for row in args.rows}
+    draw_page(first, args.output / "predictions.png")
+    print((args.output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
