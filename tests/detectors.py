@@ -50,7 +50,9 @@ def randomized(model):
 def scenes(count=2):
     """Return digit scenes as Detectron2's models take them: BGR, 144 pixels square."""
     sources, params = load_sources("val"), SceneParams()
-    images = [render_scene(np.random.default_rng([7, i]), sources, params).image for i in range(count)]
+    images = [
+        render_scene(np.random.default_rng([7, i]), sources, params).image for i in range(count)
+    ]
     tensors = [torch.as_tensor(image[..., ::-1].copy()).permute(2, 0, 1) for image in images]
     return [{"image": t, "height": t.shape[1], "width": t.shape[2]} for t in tensors]
 

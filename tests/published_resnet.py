@@ -1,5 +1,5 @@
-"""A ResNet classifier as the authors of MABN, and torchvision, wrote theirs: plain torch, evaluation
-only for MABN, with the names of the published checkpoint."""
+"""A ResNet classifier as the authors of MABN, and torchvision, wrote theirs: plain torch, with the
+names of the published checkpoint; MABN for evaluation only."""
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,18 @@ class Block(nn.Module):
         super().__init__()
         self.count = len(layers)
         for i, (kernel, width, layer_stride, groups) in enumerate(layers, start=1):
-            self.add_module(f"conv{i}", conv(channels if i == 1 else last, width, kernel, layer_stride,
-                                             kernel // 2, groups=groups, bias=False))
+            self.add_module(
+                f"conv{i}",
+                conv(
+                    channels if i == 1 else last,
+                    width,
+                    kernel,
+                    layer_stride,
+                    kernel // 2,
+                    groups=groups,
+                    bias=False,
+                ),
+            )
             self.add_module(f"bn{i}", norm(width))
             last = width
         self.downsample = None
@@ -55,11 +65,20 @@ class Block(nn.Module):
 
 
 class PublishedResNet(nn.Module):
-    """Args: depth of BLOCKS; width of the stem, 64 as published; groups and width_per_group (of 64),
-    those of a ResNeXt; stride_in_1x1, where bottlenecks stride; conv and norm, constructors."""
+    """Args: depth of BLOCKS; width of the stem, 64 as published; groups and width_per_group (of
+    64), those of a ResNeXt; stride_in_1x1, where bottlenecks stride; conv and norm, constructors."""
 
-    def __init__(self, depth=50, width=64, stride_in_1x1=False, groups=1, width_per_group=64,
-                 classes=1000, conv=CenConv, norm=Mabn):
+    def __init__(
+        self,
+        depth=50,
+        width=64,
+        stride_in_1x1=False,
+        groups=1,
+        width_per_group=64,
+        classes=1000,
+        conv=CenConv,
+        norm=Mabn,
+    ):
         super().__init__()
         self.conv1 = conv(3, width, 7, 2, 3, bias=False)
         self.bn1 = norm(width)
@@ -106,7 +125,11 @@ def add_windows(state, form, batches=16):
     for name in [name for name in state if name.endswith("running_var")]:
         norm, channels = name.removesuffix("running_var"), state[name].numel()
         windows = {
-            "classification": {"sta_matrix": (16, 32), "pre_x2": (16, channels), "pre_gz": (16, channels)},
+            "classification": {
+                "sta_matrix": (16, 32),
+                "pre_x2": (16, channels),
+                "pre_gz": (16, channels),
+            },
             "detection": {"buffer_x2": (batches, channels), "buffer_gz": (batches, channels)},
         }[form]
         state |= {norm + entry: torch.rand(shape) for entry, shape in windows.items()}

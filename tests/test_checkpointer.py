@@ -80,7 +80,9 @@ def test_save_and_last_checkpoint(tmp_path):
     (tmp_path / ".model_0.pth.123.partial").touch()  # of a process that was killed
     checkpointer.save("model_1", iteration=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_1.pth"]
-    assert DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path)).resume_or_load("")["iteration"] == 1
+    assert (
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path)).resume_or_load("")["iteration"] == 1
+    )
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -105,7 +107,8 @@ def test_trainer_warns_of_differences(digits_cfg, tmp_path, caplog):
     trainer.resume_or_load(resume=False)
     warned = [r.getMessage() for r in caplog.records if "trained with" in r.getMessage()]
     assert warned == [
-        "INPUT.FORMAT is RGB, the weights were trained with BGR: change the config unless this is meant"
+        "INPUT.FORMAT is RGB, the weights were trained with BGR: "
+        "change the config unless this is meant"
     ]
     record = trainer.checkpointer.record
     assert record["config"]["MODEL.RESNETS.DEPTH"] == 18

@@ -57,8 +57,16 @@ def test_fold_then_stock_detectron2(into, tmp_path):
     write_checkpoint({"model": model.state_dict()}, tmp_path / "model_final.pth")
     (tmp_path / "config.yaml").write_text(cfg.dump())
     folded, stock_config = tmp_path / "folded.pth", tmp_path / "stock.yaml"
-    done = run(SCRIPT, "fold", "--config-file", tmp_path / "config.yaml", "--into", into,
-               tmp_path / "model_final.pth", folded)
+    done = run(
+        SCRIPT,
+        "fold",
+        "--config-file",
+        tmp_path / "config.yaml",
+        "--into",
+        into,
+        tmp_path / "model_final.pth",
+        folded,
+    )
     assert done.returncode == 0, done.stderr
     stock_config.write_text(done.stdout)
     torch.save(scenes(), tmp_path / "images.pt")

@@ -13,7 +13,10 @@ from detectors import assert_same_instances, narrow_cfg, randomized, scenes
 NAMES = [  # Detectron2 -> maskrcnn-benchmark
     (r"backbone\.bottom_up\.stem\.conv1\.norm", "backbone.body.stem.bn1"),
     (r"backbone\.bottom_up\.stem", "backbone.body.stem"),
-    (r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.norm", r"backbone.body.layer\1.\2.downsample.1"),
+    (
+        r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.norm",
+        r"backbone.body.layer\1.\2.downsample.1",
+    ),
     (r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut", r"backbone.body.layer\1.\2.downsample.0"),
     (r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.norm", r"backbone.body.layer\1.\2.bn\3"),
     (r"backbone\.bottom_up\.res(\d)", r"backbone.body.layer\1"),

@@ -26,7 +26,9 @@ class Pyramid(nn.Module):
 def pyramids():
     torch.manual_seed(0)
     backbone = randomized(build_model(narrow_cfg())).backbone
-    return Pyramid(backbone), {into: Pyramid(fold_mabn(backbone, into)) for into in ("frozen_bn", "conv")}
+    return Pyramid(backbone), {
+        into: Pyramid(fold_mabn(backbone, into)) for into in ("frozen_bn", "conv")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,10 @@ def test_layers(into, activation, bias):
         plain = module[1] if isinstance(module, nn.Sequential) else module.norm
         conv = module[0] if isinstance(module, nn.Sequential) else module
         weight = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
-        y = nn.functional.conv2d(x, weight, conv.bias) / (plain.running_var + 1e-3).sqrt()[:, None, None]
+        y = (
+            nn.functional.conv2d(x, weight, conv.bias)
+            / (plain.running_var + 1e-3).sqrt()[:, None, None]
+        )
         y = y * plain.weight[:, None, None] + plain.bias[:, None, None]
         torch.testing.assert_close(found, y.relu() if activation else y, rtol=1e-4, atol=1e-5)
         kinds = [type(layer) for layer in folded.modules()]

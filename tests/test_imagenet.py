@@ -17,7 +17,12 @@ from published_resnet import PublishedResNet, add_windows
 
 FORMS = {
     "bare": lambda state: state,
-    "wrapped": lambda state: {"model": state, "iteration": 600000, "optimizer": {}, "scheduler": {}},
+    "wrapped": lambda state: {
+        "model": state,
+        "iteration": 600000,
+        "optimizer": {},
+        "scheduler": {},
+    },
     "module": lambda state: {f"module.{name}": value for name, value in state.items()},
     "wrapped module": lambda state: FORMS["wrapped"](FORMS["module"](state)),
     "(1, C, 1, 1)": lambda state: {

@@ -74,7 +74,9 @@ def caffe2_names(state):
 def test_caffe2_names(tmp_path):
     source = batch_norm_classifier(50)
     arrays = caffe2_names(source.state_dict())
-    assert {"conv1_w", "res_conv1_bn_riv", "res3_0_branch1_bn_rm", "res5_2_branch2c_w"} <= set(arrays)
+    assert {"conv1_w", "res_conv1_bn_riv", "res3_0_branch1_bn_rm", "res5_2_branch2c_w"} <= set(
+        arrays
+    )
     torch.testing.assert_close(
         convert_imagenet(arrays)["model"], convert_imagenet(source.state_dict())["model"]
     )
@@ -105,9 +107,11 @@ def test_caffe2_file_loads_into_sync_bn(tmp_path):
 def detectron2_names(state):
     """As tools/convert-torchvision-to-d2.py of Detectron2 names them."""
     names = {name: name if "layer" in name else f"stem.{name}" for name in state}
-    for old, new in [(f"layer{i}", f"res{i + 1}") for i in range(1, 5)] + [
-        (f"bn{i}", f"conv{i}.norm") for i in range(1, 4)
-    ] + [("downsample.0", "shortcut"), ("downsample.1", "shortcut.norm")]:
+    for old, new in (
+        [(f"layer{i}", f"res{i + 1}") for i in range(1, 5)]
+        + [(f"bn{i}", f"conv{i}.norm") for i in range(1, 4)]
+        + [("downsample.0", "shortcut"), ("downsample.1", "shortcut.norm")]
+    ):
         names = {name: renamed.replace(old, new) for name, renamed in names.items()}
     return {renamed: state[name] for name, renamed in names.items()}
 
@@ -125,7 +129,10 @@ def test_detectron2_names(prefix):
 
 
 def test_torchvision_itself():
-    for build, groups in ((torchvision.models.resnet18, 1), (torchvision.models.resnext50_32x4d, 32)):
+    for build, groups in (
+        (torchvision.models.resnet18, 1),
+        (torchvision.models.resnext50_32x4d, 32),
+    ):
         checkpoint = convert_imagenet(build().state_dict())
         assert checkpoint["mabn_d2"]["config"].get("MODEL.RESNETS.NUM_GROUPS", 1) == groups
         backbone_of(checkpoint)
@@ -143,7 +150,10 @@ def test_warm_start_on_digits():
     digits = load_digits()
     order = torch.randperm(len(digits.target))
     x = torch.as_tensor(digits.images / 16, dtype=torch.float32)[order, None].expand(-1, 3, -1, -1)
-    x, y = nn.functional.interpolate(x, scale_factor=4) * 2 - 1, torch.as_tensor(digits.target)[order]
+    x, y = (
+        nn.functional.interpolate(x, scale_factor=4) * 2 - 1,
+        torch.as_tensor(digits.target)[order],
+    )
     source = PublishedResNet(18, width=16, classes=10, conv=nn.Conv2d, norm=nn.BatchNorm2d).train()
     for module in source.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -30,7 +30,11 @@ class Hostile:
 @pytest.mark.parametrize("call, name", [(os.mkdir, "mkdir"), (eval, "eval"), (getattr, "getattr")])
 def test_hostile_files_are_refused_by_name(suffix, form, call, name, tmp_path):
     trap = tmp_path / "trap"
-    arguments = {"mkdir": [str(trap)], "eval": [f"open({str(trap)!r}, 'w')"], "getattr": [1, "real"]}
+    arguments = {
+        "mkdir": [str(trap)],
+        "eval": [f"open({str(trap)!r}, 'w')"],
+        "getattr": [1, "real"],
+    }
     data = {"model": {"conv1.weight": Hostile(call, *arguments[name])}, "__author__": "x"}
     path = tmp_path / f"weights.{suffix}"
     if form.startswith("pickle"):
@@ -62,7 +66,9 @@ def test_arrays_and_plain_containers(protocol, tmp_path):
     assert found["other"][1] == "é" and found["other"][3:] == data["other"][3:]
 
 
-@pytest.mark.parametrize("value", [np.array([print], object), np.array(["a"]), np.dtype("f4"), np.ndarray])
+@pytest.mark.parametrize(
+    "value", [np.array([print], object), np.array(["a"]), np.dtype("f4"), np.ndarray]
+)
 def test_other_arrays_are_refused(value, tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": value}))
     with pytest.raises(CheckpointError):

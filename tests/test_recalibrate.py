@@ -38,9 +38,15 @@ def variances(model):
 def test_every_layer_gets_the_second_moment_of_its_input():
     model, images = Small(), torch.randn(12, 3, 10, 14)
     update_mabn_stats(model, images.split(5), 3)
-    x = nn.functional.conv2d(images, model.stem[0].weight - model.stem[0].weight.mean((1, 2, 3), True),
-                             model.stem[0].bias, padding=1)
-    torch.testing.assert_close(model.stem[1].running_var, x.double().square().mean((0, 2, 3)).float())
+    x = nn.functional.conv2d(
+        images,
+        model.stem[0].weight - model.stem[0].weight.mean((1, 2, 3), True),
+        model.stem[0].bias,
+        padding=1,
+    )
+    torch.testing.assert_close(
+        model.stem[1].running_var, x.double().square().mean((0, 2, 3)).float()
+    )
     # Then the whole, in evaluation, has inputs of that moment: the values agree with one another.
     seen = {}
     for module in model.modules():

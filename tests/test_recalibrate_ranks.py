@@ -31,13 +31,22 @@ def main(rank, folder):
 
 def test_two_ranks(tmp_path):
     url = f"tcp://127.0.0.1:{20000 + zlib.crc32(str(tmp_path).encode()) % 10000}"
-    command = "import sys; from detectron2.engine import launch; from test_recalibrate_ranks import main"
-    command += f"; rank = int(sys.argv[1]); launch(main, 1, 2, rank, {url!r}, (rank, {str(tmp_path)!r}))"
+    command = (
+        "import sys; from detectron2.engine import launch; from test_recalibrate_ranks import main"
+    )
+    command += (
+        f"; rank = int(sys.argv[1]); launch(main, 1, 2, rank, {url!r}, (rank, {str(tmp_path)!r}))"
+    )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", command, str(rank)], env=environment,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", command, str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=200)[0] for process in processes]

@@ -15,7 +15,9 @@ WINDOWS = add_windows(PLAIN, "detection") | add_windows(PLAIN, "classification")
 EXTRA = sorted(WINDOWS.keys() - PLAIN.keys()) + ["fc.weight", "fc.bias"]
 NEEDED = sorted(PLAIN.keys() - {"fc.weight", "fc.bias"})
 EXPECTED = convert_imagenet(PLAIN)["model"]
-wrapping = st.sampled_from([lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 1}])
+wrapping = st.sampled_from(
+    [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 1}]
+)
 many = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -56,7 +58,11 @@ def test_any_other_shape_is_an_error_or_only_reshaped(name, shape):
 
 
 @many
-@given(st.dictionaries(st.text(max_size=30), st.sampled_from([torch.ones(2), 3, None, "x"]), max_size=5))
+@given(
+    st.dictionaries(
+        st.text(max_size=30), st.sampled_from([torch.ones(2), 3, None, "x"]), max_size=5
+    )
+)
 def test_any_other_names_are_an_error(entries):
     for state in (entries, PLAIN | entries):
         try:
@@ -86,8 +92,10 @@ def test_centred_batch_norm_is_exact(channels, seed, shift, with_bias):
         new, dropped = to_mabn(state)
         assert set(new) == {"c.weight", "c.norm.weight", "c.norm.bias", "c.norm.running_var"}
         assert sum(map(len, dropped.values())) == 2 + with_bias
-        weight, gamma, beta, var = (new[n].double() for n in (
-            "c.weight", "c.norm.weight", "c.norm.bias", "c.norm.running_var"))
+        weight, gamma, beta, var = (
+            new[n].double()
+            for n in ("c.weight", "c.norm.weight", "c.norm.bias", "c.norm.running_var")
+        )
         y = torch.nn.functional.conv2d(x, weight) / (var + 1e-5).sqrt()[:, None, None]
         y = y * gamma[:, None, None] + beta[:, None, None]
         torch.testing.assert_close(y, norm(conv(x)), rtol=1e-4, atol=1e-4)

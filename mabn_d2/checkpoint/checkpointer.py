@@ -15,8 +15,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     - All formats are read by `read_checkpoint`: Detectron2 unpickles a `.pkl` as it is, and so runs
       whatever it says.
     - A checkpoint takes its name once it is whole and on the disk, and `last_checkpoint` names it
-      only then; a crash, a full disk or a missing permission leaves the older ones as they are. What
-      a killed process has left half-written is removed by the next save.
+      only then; a crash, a full disk or a missing permission leaves the older ones as they are.
+      What a killed process has left half-written is removed by the next save.
 
     After `load`, `record` is what the converters of this package wrote into the file (`record.py`),
     or None. Folders that are no local ones are written by their own handlers of Detectron2's
@@ -26,7 +26,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     record = None
 
     def load(self, path, *args, **kwargs):
-        """Raises CheckpointError, besides Detectron2's own, for a file that is damaged or refused."""
+        """As Detectron2's; CheckpointError for a file that is damaged or refused."""
         self._parsed_url_during_load = None  # Detectron2 leaves it after a load that failed
         checkpoint = super().load(path, *args, **kwargs)
         record = checkpoint.get(KEY)

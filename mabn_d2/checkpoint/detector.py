@@ -56,8 +56,8 @@ _RULES = {
         r"roi_heads\.box\.predictor\.(cls_score|bbox_pred)\.(\w+)": lambda layer, entry: (
             f"roi_heads.box_predictor.{layer}.{entry}"
         ),
-        r"roi_heads\.mask\.feature_extractor\.mask_fcn(\d)(?:\.([01]))?\.(\w+)": lambda i, part, entry: (
-            f"roi_heads.mask_head.mask_fcn{i}{_norm(part)}.{entry}"
+        r"roi_heads\.mask\.feature_extractor\.mask_fcn(\d)(?:\.([01]))?\.(\w+)": (
+            lambda i, part, entry: f"roi_heads.mask_head.mask_fcn{i}{_norm(part)}.{entry}"
         ),
         r"roi_heads\.mask\.predictor\.(conv5_mask|mask_fcn_logits)\.(\w+)": lambda layer, entry: (
             f"roi_heads.mask_head.{_MASK[layer]}.{entry}"

@@ -34,8 +34,8 @@ def fold_mabn(model, into="frozen_bn"):
 
     Args:
         model: any module; what is neither CenConv2d, CenNormConv2d nor MABN2d is only copied.
-        into: "frozen_bn", a convolution and a FrozenBatchNorm2d with the names of before, or "conv",
-            one convolution with bias:
+        into: "frozen_bn", a convolution and a FrozenBatchNorm2d with the names of before; or
+            "conv", one convolution with bias:
 
                 W' = w / sqrt(R + eps) * (W - mean(W)),  b' = b + w / sqrt(R + eps) * b_conv
 

@@ -1,4 +1,4 @@
-"""running_var from data, at fixed weights: for MABN what fvcore's `update_bn_stats` is for BatchNorm."""
+"""running_var from data, at fixed weights: fvcore's `update_bn_stats`, for MABN."""
 
 import logging
 from contextlib import contextmanager
@@ -37,8 +37,8 @@ def update_mabn_stats(model, data_loader, num_iters=200):
     .. math:: R = E[x^2] = \sum_{batches} \sum_{n,h,w} x_{nchw}^2 \Big/ \sum_{batches} N H W
 
     (section 3 of "Rethinking Batch in BatchNorm", https://arxiv.org/abs/2105.07576, argues for the
-    like in BatchNorm.) MABN layers normalize by running_var meanwhile, as in evaluation, and are set
-    one after the other, in the order in which the model uses them: what reaches a layer was
+    like in BatchNorm.) MABN layers normalize by running_var meanwhile, as in evaluation, and are
+    set one after the other, in the order in which the model uses them: what reaches a layer was
     normalized by the new values of all before it. So the result depends neither on the values of
     before nor on how the same images are cut into batches, or spread over ranks (up to rounding).
 
@@ -52,8 +52,8 @@ def update_mabn_stats(model, data_loader, num_iters=200):
        random in training mode; their heads then get values that vary by the draw.
 
     Args:
-        model: called with each batch. MABN layers whose weight does not require grad are frozen, and
-            left alone; so are those that no batch reaches, with a warning.
+        model: called with each batch. MABN layers whose weight does not require grad are frozen,
+            and left alone; so are those that no batch reaches, with a warning.
         data_loader: an iterable of batches.
         num_iters: the number of batches to take.
     Raises:
@@ -66,13 +66,14 @@ def update_mabn_stats(model, data_loader, num_iters=200):
     layers = layers_to_recalibrate(model)
     if not layers:
         raise ValueError(
-            "the model has no MABN layer to recalibrate: a frozen layer's weight has to require grad"
+            "the model has no MABN layer to recalibrate: the weight of a frozen one has to require "
+            "grad"
         )
     batches = list(islice(data_loader, num_iters))
     if not batches or len(batches) < num_iters:
         raise ValueError(
-            f"{num_iters} batches are to be read, at least 1, but the data loader has {len(batches)}: "
-            "change num_iters (TEST.PRECISE_BN.NUM_ITER)"
+            f"{num_iters} batches are to be read, at least 1, but the data loader has "
+            f"{len(batches)}: change num_iters (TEST.PRECISE_BN.NUM_ITER)"
         )
     before = {layer: layer.running_var.clone() for layer in layers}
     try:
@@ -85,7 +86,8 @@ def update_mabn_stats(model, data_loader, num_iters=200):
                     _logger.warning(f"no batch reaches {layers[layer]}: its running_var is left")
                 elif not x2.isfinite().all():
                     raise FloatingPointError(
-                        f"what reaches {layers[layer]} is not finite: running_var is left everywhere"
+                        f"what reaches {layers[layer]} is not finite: running_var is left "
+                        "everywhere"
                     )
                 else:
                     layer.running_var.copy_(x2)
