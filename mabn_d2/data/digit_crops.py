@@ -79,3 +79,11 @@ def _write_split(folder, split, params):
         path = folder / str(sources.labels[scene.chosen[0]]) / f"{number:06d}.png"
         if not cv2.imwrite(str(path), scene.image[..., ::-1]):
             raise OSError(f"can't write {path}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m mabn_d2.data.digit_crops FOLDER")
+    print(make_digit_crops(sys.argv[1]))
