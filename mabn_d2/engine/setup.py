@@ -40,7 +40,7 @@ def read_config(config_file, opts=()):
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(opts)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+    except (AttributeError, KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         text = " ".join(str(error.args[0] if error.args else error).split())
         raise ConfigError(f"--config-file {config_file!r} {opts or ''}: {text}") from error
     # yacs checks types, but lets None take the place of any value.
