@@ -12,13 +12,12 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
 from ..data.coco_check import check_coco
-from ..layers import MABN2d
-from ..modeling.norm import norm_settings
+from ..layers import BatchRenorm2d, MABN2d
+from ..modeling.norm import norm_settings, renorm_settings
 from ..solver import OPTIMIZERS
 
-
 # Keys of MODEL that a resumed run may have otherwise.
-MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.")
+MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
 
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
@@ -94,13 +93,14 @@ def check_config(cfg, workers=1, resume=False, train=True):
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"MODEL.MABN: {error}") from error
     try:
-        for key, node in _norm_nodes(cfg):
-            try:
-                get_norm(node.NORM, 32)
-            except (KeyError, ValueError) as error:
-                raise ConfigError(f"{key}.NORM: {error}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        BatchRenorm2d(1, **renorm_settings(cfg))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"MODEL.BRN: {error}") from error
+    for key, node in _norm_nodes(cfg):
+        try:
+            get_norm(node.NORM, 32)
+        except ValueError as error:
+            raise ConfigError(f"{key}.NORM: {error}") from error
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:

@@ -118,7 +118,7 @@ class GuardedTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        # Absent in a checkpoint of another trainer.
-        if "grad_scaler" in state_dict:
+        # Absent in a checkpoint of another trainer, empty in that of a run without a scaler.
+        if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.rejected = state_dict.get("rejected", 0)

@@ -102,7 +102,7 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, var, r, eps, relu, psi_window, slot, plain):
-        var = var + eps
+        var = var + eps  # from here on, in the backward too
         r_std = r * var.rsqrt()
         scale, shift = r_std * weight.to(r.dtype), bias.to(r.dtype)
         y = kernels.scale_shift(x, scale, shift)
@@ -127,7 +127,7 @@ class _MABN(torch.autograd.Function):
 
         dx = None
         if ctx.needs_input_grad[0]:
-            # dx = (g - z * psi) / sqrt(var + eps)
+            # dx = (g - z * psi) / sqrt(var), z = x / sqrt(var)
             dx = kernels.combine(dy, x, scale, psi.div_(var).neg_())
         weight_dtype, bias_dtype = ctx.dtypes
         return dx, dyx.mul_(r_std).to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7

@@ -77,8 +77,8 @@ class MABN2d(nn.Module):
             iteration's mean of v. Each group counts the same, a short one too. (See `split.py`.)
 
     State: `weight`, `bias`, `running_var` (C,); the windows `buffer_x2`, `buffer_gz` (m, C); the
-    counter `iters` (1,); with split_batch
-    the windows' keys are the published `pre_x2`, `pre_gz`, the last row the latest. Statistics stay float32 (float64 in a float64 module) under `.half()`.
+    counter `iters` (1,). With split_batch the windows' keys are the published `pre_x2`, `pre_gz`, the
+    last row the latest. Statistics stay float32 (float64 in a float64 module) under `.half()`.
     `load_state_dict` takes the published layer's state, in any of its shapes; windows that do not
     fit are refilled: they and the counter start over together, running_var stays.
 

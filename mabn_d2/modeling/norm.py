@@ -176,6 +176,11 @@ def norm_settings(cfg):
     return settings
 
 
+def renorm_settings(cfg):
+    """Return the arguments of BatchRenorm2d that the node MODEL.BRN asks for; none without a node."""
+    return {name.lower(): value for name, value in cfg.MODEL.get("BRN", {}).items()}
+
+
 def configure_mabn(model, **settings):
     """Set the arguments of every MABN layer of a built model, and return the model.
 
@@ -196,7 +201,7 @@ def configure_mabn(model, **settings):
 def build_model(cfg):
     """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN."""
     model = detectron2_build_model(cfg)
-    renorm = {name.lower(): value for name, value in cfg.MODEL.get("BRN", {}).items()}
+    renorm = renorm_settings(cfg)
     for module in model.modules():
         if isinstance(module, BatchRenorm2d):
             module.configure(**renorm)
