@@ -42,6 +42,21 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def operators(request):
+    """Run a module's tests with the compiled CPU operators and with torch's alone."""
+    from mabn_d2.layers import native
+
+    if request.param == "compiled":
+        if native.OPERATORS is None:
+            pytest.skip("this installation has no compiled operators")
+        yield native.OPERATORS
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "OPERATORS", None)
+            yield None
+
+
 @pytest.fixture(scope="session")
 def small_scenes(tmp_path_factory):
     """Register digit scenes of 24 and 6 images as small_scenes_{train,val}."""

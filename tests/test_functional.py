@@ -1,5 +1,6 @@
 """The mathematics and its passes against autograd and plain float64 formulas."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +8,8 @@ from reference import FORMATS, LAYOUTS, TOLERANCE, assert_close
 
 from mabn_d2.layers import kernels
 from mabn_d2.layers.functional import mabn_eval, mabn_train, push, renorm
+
+pytestmark = pytest.mark.usefixtures("operators")
 
 EPS = 1e-3
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))

@@ -8,6 +8,8 @@ import torch
 
 from mabn_d2.layers import CenConv2d, MABN2d
 
+pytestmark = pytest.mark.usefixtures("operators")
+
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

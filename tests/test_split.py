@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from mabn_d2.layers import MABN2d
 from mabn_d2.layers.split import group_mean, to_images
 
+pytestmark = pytest.mark.usefixtures("operators")
+
 SMALL = {"batch_size": 2, "simulated_batch_size": 8, "warmup_iters": 3, "split_batch": True}
 
 

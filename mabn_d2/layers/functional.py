@@ -14,7 +14,7 @@ a synchronization: conditions are tensors, branches are `torch.where`.
 import torch
 import torch.nn.functional as F
 
-from . import kernels
+from . import kernels, native
 
 
 def is_finite(vector):
@@ -97,40 +97,69 @@ def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
     return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
 
 
+def _scales(var, r, weight, eps):
+    """Return var + eps, r / sqrt(var + eps) and weight times that; all (C,)."""
+    if native.takes(var):
+        return native.OPERATORS.scales(var, r, weight, eps)
+    var = var + eps
+    r_std = r * var.rsqrt()
+    return var, r_std, r_std * weight
+
+
+def _backward_scales(dyx, scale, var, r_std, psi_window, slot, plain, count):
+    """Return the factor of x in dx, and dweight; psi enters the window.
+
+    Args:
+        dyx: (C,) sum(dy * x) over `count` elements.
+        scale, var, r_std: of the forward, var with eps.
+        psi_window, slot, plain: see `mabn_train`.
+    """
+    if native.takes(dyx, psi_window):
+        return native.OPERATORS.backward_scales(
+            dyx, scale, var, r_std, psi_window, slot, plain, count
+        )
+    psi = (dyx * scale).div_(count)  # mean(g * z) * sqrt(var), g = dy * weight * r
+    window_mean = push(psi_window, slot, psi, is_finite(psi))
+    psi = torch.where(plain, psi, window_mean.to(psi.dtype))
+    return psi.div_(var).neg_(), dyx * r_std
+
+
 class _MABN(torch.autograd.Function):
     """y = relu?(weight * r * z + bias), z = x / sqrt(var + eps); keeps x and vectors only."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, var, r, eps, relu, psi_window, slot, plain):
-        var = var + eps  # from here on, in the backward too
-        r_std = r * var.rsqrt()
-        scale, shift = r_std * weight.to(r.dtype), bias.to(r.dtype)
-        y = kernels.scale_shift(x, scale, shift)
-        ctx.save_for_backward(x, scale, shift, var, r_std, slot, plain)
+        ctx.dtypes = weight.dtype, bias.dtype
+        var, r_std, scale = _scales(var, r, weight.to(r.dtype), eps)
+        shift = bias.to(r.dtype)
+        ctx.save_for_backward(x, scale, shift if relu else None, var, r_std, slot, plain)
         # Written to in the backward, which the checks of save_for_backward forbid.
-        ctx.psi_window, ctx.relu, ctx.dtypes = psi_window, relu, (weight.dtype, bias.dtype)
-        return y.relu_() if relu else y
+        ctx.psi_window = psi_window
+        affine = kernels.scale_shift_relu if relu else kernels.scale_shift
+        return affine(x, scale, shift)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
         dy = kernels.dense_like(dy, x)
-        if ctx.relu:
-            # The sign of y is computed again: cheaper than keeping y when nothing else does.
-            dy = torch.ops.aten.threshold_backward(dy, kernels.scale_shift(x, scale, shift), 0)
-        dyx, dbias = kernels.product_sums(dy, x)
-
-        psi = (dyx * scale).div_(x.numel() // x.shape[1])  # mean(g * z), g = dy * weight * r
-        window_mean = push(ctx.psi_window, slot, psi, is_finite(psi))
-        psi = torch.where(plain, psi, window_mean.to(psi.dtype))
-
+        relu = shift is not None
+        if relu:
+            dyx, dbias, dy = kernels.relu_sums(dy, x, scale, shift)
+        else:
+            dyx, dbias = kernels.product_sums(dy, x)
+        scale_x, dweight = _backward_scales(
+            dyx, scale, var, r_std, ctx.psi_window, slot, plain, x.numel() // x.shape[1]
+        )
         dx = None
         if ctx.needs_input_grad[0]:
-            # dx = (g - z * psi) / sqrt(var), z = x / sqrt(var)
-            dx = kernels.combine(dy, x, scale, psi.div_(var).neg_())
+            # dx = (g - z * psi) / sqrt(var), g = dy * weight * r, z = x / sqrt(var)
+            if relu:
+                dx = kernels.relu_combine(dy, x, scale, scale_x, shift)
+            else:
+                dx = kernels.combine(dy, x, scale, scale_x)
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx, dyx.mul_(r_std).to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
+        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
 
 
 def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False):

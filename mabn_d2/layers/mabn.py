@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional, kernels, split
+from . import functional, kernels, native, split
 
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
@@ -249,18 +249,37 @@ class MABN2d(nn.Module):
 
         It is counted if `counts`.
         """
-        finite = functional.is_finite(x2.flatten())
         if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
-            return self._advance(x2, finite, ~finite, counts)
+            return self._count(x2, counts)
         # A forward within a backward is one that activation checkpointing repeats.
         if torch._C._current_graph_task_id() != -1:
             records = [record for record in self._records if record.x2.shape == x2.shape]
             if records:
-                return self._repeat(x2, finite, records)
-        statistics = self._advance(x2, finite, ~finite, counts)
+                return self._repeat(x2, records)
+        statistics = self._count(x2, counts)
         if not torch.is_inference_mode_enabled():
             self._records.appendleft(statistics)
         return statistics
+
+    def _count(self, x2, counts):
+        """Return the Statistics of an input with mean square x2 that is not a repeated one."""
+        if not self.split_batch and native.takes(x2, self.buffer_x2):
+            chosen = native.OPERATORS.advance(
+                x2,
+                self.buffer_x2,
+                self.running_var,
+                self.iters,
+                self.rejected,
+                self.eps,
+                self.momentum,
+                self.warmup_iters,
+                self.clip_start,
+                self.clip_limit,
+                counts,
+            )
+            return Statistics(x2, *chosen)
+        finite = functional.is_finite(x2.flatten())
+        return self._advance(x2, finite, ~finite, counts)
 
     def _advance(self, x2, accepted, rejected, counts=True):
         compiling = torch.compiler.is_compiling()
@@ -277,7 +296,7 @@ class MABN2d(nn.Module):
             self.rejected.add_(rejected)
         return Statistics(x2, *chosen, torch.full_like(accepted, counts))
 
-    def _repeat(self, x2, finite, records):
+    def _repeat(self, x2, records):
         """Return the Statistics of the forward that is repeated; count it if it was not.
 
         Reentrant checkpointing runs the first forward without gradients, so that one has not been
@@ -287,7 +306,7 @@ class MABN2d(nn.Module):
         distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().flatten(1).sum(1)
         nearest = distance.argmin(0, keepdim=True)
         first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
-        new = ~first.counted
+        new, finite = ~first.counted, functional.is_finite(x2.flatten())
         now = self._advance(x2, finite & new, ~finite & new)
         return first._replace(slot=torch.where(first.counted, first.slot, now.slot))
 

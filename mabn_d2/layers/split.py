@@ -5,14 +5,15 @@ is left; each is a normalization batch. Per-group statistics are (G, C), an iter
 of its images; a short last group counts like any other wherever groups are averaged.
 
 There is no loop over groups. The passes over activations give or take one number per image and
-channel, and groups are averages over images, (N, C) numbers. For contiguous tensors (N, C, H, W) is
-looked at as (1, N * C, H, W), so that the batch-norm kernels of `kernels.py` serve; in channels-last
-that is no view, and elementwise kernels take their place.
+channel, and groups are averages over images, (N, C) numbers. The compiled operators take such rows as
+they are. Without them contiguous (N, C, H, W) is looked at as (1, N * C, H, W), so that the batch-norm
+kernels of `kernels.py` serve; in channels-last that is no view, and elementwise kernels take their
+place.
 """
 
 import torch
 
-from . import kernels
+from . import kernels, native
 from .functional import is_finite, renorm
 
 
@@ -70,7 +71,7 @@ def group_moments(x, batch_size):
 
 def group_mean_square(x, batch_size):
     """Return mean(x^2) of each group over its N, H, W as (G, C)."""
-    if x.is_contiguous():
+    if x.is_contiguous() or native.takes(x):
         sums = image_sums(x, x)[0]
     else:
         sums = x.square().sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -82,6 +83,8 @@ def image_sums(dy, x, scratch=None):
 
     `scratch`, like x, may be written to.
     """
+    if native.takes(x):
+        return native.OPERATORS.product_sums(dy, x, True)
     n, c = x.shape[:2]
     if x.is_contiguous():
         return tuple(sums.view(n, c) for sums in kernels.product_sums(_fold(dy), _fold(x)))
@@ -95,6 +98,8 @@ def affine(x, scale, shift, out=None):
 
     The result is `out`, which is like x, or a new tensor.
     """
+    if native.takes(x):
+        return native.OPERATORS.affine(x, scale, shift)
     if x.is_contiguous():
         y = kernels.scale_shift(_fold(x), scale.flatten(), shift.flatten())
         # Nothing else holds y, and an in-place ReLU on a view from a custom function is an error.
@@ -168,6 +173,13 @@ def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
     return torch.empty_like(x2), torch.empty_like(x2), t, torch.empty_like(accepted)
 
 
+def combine(dy, x, scale_dy, scale_x, shift, out=None):
+    """Return scale_dy * dy + scale_x * x + shift, per image and channel, else as `affine`."""
+    if native.takes(x):
+        return native.OPERATORS.combine(dy, x, scale_dy, scale_x, shift)
+    return affine(x, scale_x, shift, out).addcmul_(dy, kernels.maps(scale_dy.to(x.dtype)))
+
+
 class _NormalizeGroups(torch.autograd.Function):
     """y = weight * (r * z + d) + bias, z = (x - mean) / sqrt(var + eps); keeps x and vectors."""
 
@@ -189,7 +201,9 @@ class _NormalizeGroups(torch.autograd.Function):
         n, batch_size = len(x), ctx.batch_size
         dy = kernels.dense_like(dy, x)
         # In channels-last first holds dy * x.
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] and not x.is_contiguous() else None
+        dx = None
+        if ctx.needs_input_grad[0] and not (x.is_contiguous() or native.takes(x)):
+            dx = torch.empty_like(x)
         dyx, dysum = (group_sum(rows, batch_size) for rows in image_sums(dy, x, dx))
         dyz = (dyx - mean * dysum) * inv_std
 
@@ -205,8 +219,7 @@ class _NormalizeGroups(torch.autograd.Function):
             # dx = (g - z * psi - gamma) / sqrt(var + eps), and z is affine in x.
             slope = psi * inv_std.square()
             vectors = torch.stack([scale, -slope, slope * mean - gamma * inv_std])
-            dy_scale, x_scale, shift = to_images(vectors, batch_size, n)
-            dx = affine(x, x_scale, shift, dx).addcmul_(dy, kernels.maps(dy_scale.to(x.dtype)))
+            dx = combine(dy, x, *to_images(vectors, batch_size, n), dx)
         dweight = (dyz * r + dysum * d).sum(0).to(weight.dtype)
         return dx, dweight, dysum.sum(0).to(bias.dtype), *(None,) * 8
 

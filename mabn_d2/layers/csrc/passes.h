@@ -1,0 +1,155 @@
+// The passes over whole activations on a CPU: every element is read once, vectors stay in cache.
+//
+// A plane is one channel of one image in a contiguous tensor: `size` neighbours, scalar factors. Rows
+// are pixels of a channels-last tensor: `rows` times `channels` neighbours, a factor a channel.
+// Arithmetic is in float; loops are plain, for the compiler to vectorize.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// One body, compiled for several instruction sets; the loader takes the best that the CPU has.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MABN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MABN_CLONES
+#endif
+#define MABN_INLINE inline __attribute__((always_inline))
+
+namespace mabn {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+MABN_INLINE float load(float value) { return value; }
+
+MABN_INLINE float load(BFloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+MABN_INLINE void store(float& out, float value) { out = value; }
+
+MABN_INLINE void store(BFloat16& out, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // NaN stays NaN
+}
+
+// NaN passes, as through torch's ReLU.
+MABN_INLINE float rectify(float y) { return y < 0 ? 0 : y; }
+
+// dy behind a ReLU of y.
+MABN_INLINE float gate(float dy, float y) { return y <= 0 ? 0 : dy; }
+
+// y = relu?(scale * x + shift)
+
+template <typename T, bool relu>
+MABN_CLONES void affine_plane(const T* x, float scale, float shift, T* __restrict y, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float value = scale * load(x[i]) + shift;
+    store(y[i], relu ? rectify(value) : value);
+  }
+}
+
+template <typename T, bool relu>
+MABN_CLONES void affine_rows(const T* x, const float* scale, const float* shift, T* __restrict y,
+                             int64_t rows, int64_t channels) {
+  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const float value = scale[c] * load(x[c]) + shift[c];
+      store(y[c], relu ? rectify(value) : value);
+    }
+  }
+}
+
+// dx = dy_scale * g + scale * x + shift, where g is dy, gated by y = dy_scale * x + relu_shift if relu
+
+template <typename T, bool relu>
+MABN_CLONES void combine_plane(const T* dy, const T* x, float dy_scale, float scale, float shift,
+                               float relu_shift, T* __restrict dx, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float value = load(x[i]);
+    const float g = relu ? gate(load(dy[i]), dy_scale * value + relu_shift) : load(dy[i]);
+    store(dx[i], dy_scale * g + (scale * value + shift));
+  }
+}
+
+template <typename T, bool relu>
+MABN_CLONES void combine_rows(const T* dy, const T* x, const float* dy_scale, const float* scale,
+                              const float* shift, const float* relu_shift, T* __restrict dx,
+                              int64_t rows, int64_t channels) {
+  for (int64_t row = 0; row < rows; ++row, dy += channels, x += channels, dx += channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const float value = load(x[c]);
+      const float g = relu ? gate(load(dy[c]), dy_scale[c] * value + relu_shift[c]) : load(dy[c]);
+      store(dx[c], dy_scale[c] * g + (scale[c] * value + shift[c]));
+    }
+  }
+}
+
+// product = sum of g * x, total = sum of g, where g is dy, gated by y = scale * x + shift if relu
+
+constexpr int64_t kLanes = 32;    // independent sums, so that they fill vector registers
+constexpr int64_t kBlock = 4096;  // elements that are summed in float before double takes over
+
+template <typename T, bool relu>
+MABN_CLONES void sums_plane(const T* dy, const T* x, float scale, float shift, float* product,
+                            float* total, int64_t size) {
+  double products = 0, totals = 0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t end = begin + kBlock < size ? begin + kBlock : size;
+    float p[kLanes] = {}, t[kLanes] = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) {
+        const float value = load(x[i + k]);
+        const float g = relu ? gate(load(dy[i + k]), scale * value + shift) : load(dy[i + k]);
+        p[k] += g * value;
+        t[k] += g;
+      }
+    }
+    for (int64_t k = 0; i < end; ++i, ++k) {
+      const float value = load(x[i]);
+      const float g = relu ? gate(load(dy[i]), scale * value + shift) : load(dy[i]);
+      p[k] += g * value;
+      t[k] += g;
+    }
+    for (int64_t k = 0; k < kLanes; ++k) {
+      products += p[k];
+      totals += t[k];
+    }
+  }
+  *product = float(products);
+  *total = float(totals);
+}
+
+constexpr int64_t kAhead = 512;     // elements, how far reads are announced
+constexpr int64_t kCacheLine = 64;  // bytes
+
+template <typename T, bool relu>
+MABN_CLONES void sums_rows(const T* dy, const T* x, const float* scale, const float* shift,
+                           float* __restrict product, float* __restrict total, int64_t rows,
+                           int64_t channels) {
+  std::memset(product, 0, sizeof(float) * channels);
+  std::memset(total, 0, sizeof(float) * channels);
+  for (int64_t row = 0; row < rows; ++row, dy += channels, x += channels) {
+    // Rows alone don't keep the hardware's prefetching going: 1.5 times the time beyond the caches.
+    for (int64_t c = 0; c < channels; c += kCacheLine / int64_t(sizeof(T))) {
+      __builtin_prefetch(dy + c + kAhead);
+      __builtin_prefetch(x + c + kAhead);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const float value = load(x[c]);
+      const float g = relu ? gate(load(dy[c]), scale[c] * value + shift[c]) : load(dy[c]);
+      product[c] += g * value;
+      total[c] += g;
+    }
+  }
+}
+
+}  // namespace mabn
