@@ -1,17 +1,20 @@
 #!/usr/bin/env python
 """Trains norms x normalization batch sizes x seeds and draws test error against batch size.
 
-Without --data: a small network on the digit crops, minutes on a CPU. With --data DIR: what follows
-"--" is handed to train_imagenet.py, as in: sweep_batch_size.py --data DIR -- --amp --workers 16.
-Runs that sweep.csv lists are not repeated.
+Without --data: a small network on the digit crops, a minute a run on one core of a CPU. With --data DIR:
+what follows "--" is handed to train_imagenet.py, as in: sweep_batch_size.py --data DIR -- --amp.
+Runs that sweep.csv lists are not repeated; one that was cut short goes on from its last epoch.
 """
 
 import argparse
 import csv
 import io
 import itertools
+import multiprocessing
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib
@@ -54,6 +57,7 @@ def parse_args():
     add("--norms", nargs="+", default=["bn", "brn", "mabn", "gn"], choices=train_imagenet.NORMS)
     add("--sizes", nargs="+", type=int, default=[2, 32, 8, 4], help="normalization batches")
     add("--seeds", nargs="+", type=int, default=[0, 1])
+    add("--jobs", type=int, help="runs at a time; default: a core each, with --data one")
     add("--draw-only", action="store_true")
     add("rest", nargs="*", help="further arguments of train_imagenet.py, after --")
     return parser.parse_args()
@@ -75,23 +79,50 @@ def write_rows(path, rows):
         file.write(text.getvalue().encode())
 
 
-def train(args, data, norm, size, seed):
-    """Train one network, or go on where it was interrupted, and return its row."""
-    folder = Path(args.runs) / f"{norm}_{size}_seed{seed}"
+def settings(args, norm):
+    """Return the arguments of train_imagenet.py that all runs of a norm share."""
     base = DIGITS if args.data is None else []
     options = DIGITS_OPTIONS.get(norm, {}) if args.data is None else {}
-    options = [f"--norm-option={name}={value}" for name, value in options.items()]
-    settings = [*base, *options, *args.rest]
+    return [*base, *(f"--norm-option={name}={value}" for name, value in options.items()), *args.rest]
+
+
+def train(arguments, data, folder, norm, size, seed, threads):
+    """Train one network, or go on where it was interrupted, and return its row."""
+    if threads:
+        torch.set_num_threads(threads)
     start = time.perf_counter()
     result = train_imagenet.main(
         train_imagenet.parse_args([
-            *settings, "--data", str(data), "--output", str(folder), "--norm", norm,
-            "--norm-batch", str(size), "--seed", str(seed), "--resume", "auto",
+            *arguments, "--data", str(data), "--output", f"{folder}/{norm}_{size}_seed{seed}",
+            "--norm", norm, "--norm-batch", str(size), "--seed", str(seed), "--resume", "auto",
         ])
     )
     minutes = (time.perf_counter() - start) / 60
     numbers = (f"{result['top1_error']:.2f}", f"{result['train_loss']:.4f}", f"{minutes:.2f}")
-    return dict(zip(FIELDS, (norm, size, seed, *numbers, " ".join(settings)), strict=True))
+    row = (norm, str(size), str(seed), *numbers, " ".join(arguments))
+    return dict(zip(FIELDS, row, strict=True))
+
+
+def sweep(args, rows, path):
+    """Train what `rows` lacks and write each row to `path` when it is there."""
+    data = args.data or make_digit_crops("datasets/digit_crops")
+    done = {(row["norm"], row["norm_batch"], row["seed"]): row["settings"] for row in rows}
+    runs = []
+    for seed, size, norm in itertools.product(args.seeds, args.sizes, args.norms):
+        arguments = settings(args, norm)
+        known = done.get((norm, str(size), str(seed)))
+        if known is None and (norm != "gn" or size == args.sizes[0]):
+            runs.append((arguments, data, args.runs, norm, size, seed))
+        elif known not in (None, " ".join(arguments)):
+            raise ValueError(f"{path} has {norm} {size} of other settings: name another --output")
+    jobs = args.jobs or (1 if args.data else os.cpu_count())
+    jobs = max(1, min(jobs, len(runs)))
+    threads = max(1, os.cpu_count() // jobs) if jobs > 1 else 0
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(train, *run, threads) for run in runs]):
+            rows.append(future.result())
+            write_rows(path, rows)
+            print({name: rows[-1][name] for name in FIELDS[:-1]}, flush=True)
 
 
 def draw(rows, path, title):
@@ -134,16 +165,7 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     rows = read_rows(output / "sweep.csv")
     if not args.draw_only:
-        data = args.data or make_digit_crops("datasets/digit_crops")
-        for seed, size, norm in itertools.product(args.seeds, args.sizes, args.norms):
-            if norm == "gn" and size != args.sizes[0]:
-                continue
-            key = (norm, str(size), str(seed))
-            if key not in {(row["norm"], row["norm_batch"], row["seed"]) for row in rows}:
-                rows.append(train(args, data, norm, size, seed))
-                write_rows(output / "sweep.csv", rows)
-                rows = read_rows(output / "sweep.csv")
-                print({name: rows[-1][name] for name in FIELDS[:-1]}, flush=True)
+        sweep(args, rows, output / "sweep.csv")
     if not rows:
         sys.exit(f"sweep_batch_size.py: {output / 'sweep.csv'} has no runs to draw")
     title = "digit crops, small network" if args.data is None else str(args.data)
