@@ -17,17 +17,15 @@ SMALL = [
 ]
 
 
-def test_rows_differ_in_the_norm_and_see_the_same_images():
+def test_rows_differ_in_norm_and_images_only():
     args = SimpleNamespace(config_file=TOOL["CONFIG"], opts=[], num_gpus=0)
     two, large = (TOOL["make_config"](args, row, 1) for row in ("MABN:2", "BN:16"))
-    for cfg, norm in ((two, "MABN"), (large, "BN")):
+    for cfg, norm, images in ((two, "MABN", 2), (large, "BN", 16)):
         assert {cfg.MODEL[node].NORM for node in TOOL["NODES"]} == {norm} and cfg.SEED == 1
-        assert cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH == 2 * two.SOLVER.MAX_ITER
-    assert large.SOLVER.BASE_LR == pytest.approx(8 * two.SOLVER.BASE_LR)
+        assert cfg.SOLVER.IMS_PER_BATCH == images
     changed = {line.split(":")[0].strip() for line in
                set(two.dump().splitlines()) ^ set(large.dump().splitlines())}
-    assert changed == {"NORM", "IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "WARMUP_ITERS", "OUTPUT_DIR",
-                       "CHECKPOINT_PERIOD", "EVAL_PERIOD"}
+    assert changed == {"NORM", "IMS_PER_BATCH", "OUTPUT_DIR"}
 
 
 def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
@@ -41,7 +39,7 @@ def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
     with open(output / "runs.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(r["row"], r["seed"], r["iterations"]) for r in rows] == [
-        ("MABN:2", "0", "12"), ("BN:4", "0", "6"), ("MABN:2", "1", "12"), ("BN:4", "1", "6"),
+        ("MABN:2", "0", "12"), ("BN:4", "0", "12"), ("MABN:2", "1", "12"), ("BN:4", "1", "12"),
     ]
     result = json.loads((tmp_path / "runs/BN_4/seed1/result.json").read_text())
     assert float(rows[3]["segm AP"]) == result["segm AP"] >= 0 < float(rows[3]["s/iteration"])

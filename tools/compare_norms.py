@@ -4,9 +4,9 @@
     tools/compare_norms.py                                    # everything, resumed where it was left
     tools/compare_norms.py --rows MABN:2 BN:2 --seeds 0 --output output/quick --set SOLVER.MAX_ITER 500
 
-A row is NORM:IMAGES, the images in one iteration. All rows see the same images: with more of them in
-an iteration there are fewer iterations, and the learning rate grows in proportion. A run that is
-finished is not repeated; one that was cut short goes on from its last checkpoint.
+A row is NORM:IMAGES, the images in one iteration. Iterations and learning rate are those of the config
+for all rows, so a row of more images sees more of them: it is the upper line. A run that is finished
+is not repeated; one that was cut short goes on from its last checkpoint.
 
 Writes to --output: runs.csv (a line a run), table.md (mean and standard deviation over the seeds),
 curves.png, predictions.png (the first seed's).
@@ -28,35 +28,29 @@ from mabn_d2.engine import Trainer, setup_config
 from mabn_d2.visualization import draw_predictions, plt, read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs/digits/compare_mask_rcnn_R10_FPN.yaml"
-ROWS = ("BN:2", "BRN:2", "GN:2", "MABN:2", "BN:16")
+ROWS = ("BN:2", "BRN:2", "GN:2", "MABN:2", "BN:8")
 NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 METRICS = [(task, ap) for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
 
 
 def make_config(args, row, seed):
-    """Return the config of one run: that of the file for 2 images, scaled to the row's."""
+    """Return the config of one run: that of the file, with the row's norm and images."""
     norm, images = row.split(":")
-
-    def load(opts):
-        return setup_config(SimpleNamespace(
-            config_file=str(args.config_file), opts=opts, num_gpus=args.num_gpus, num_machines=1,
-            resume=True, eval_only=False,
-        ))
-
-    base = load(args.opts)
-    factor = int(images) / base.SOLVER.IMS_PER_BATCH
-    scaled = {
+    base = _load(args, args.opts)
+    settings = {
         "SOLVER.IMS_PER_BATCH": int(images),
-        "SOLVER.BASE_LR": base.SOLVER.BASE_LR * factor,
-        "SOLVER.MAX_ITER": round(base.SOLVER.MAX_ITER / factor),
-        "SOLVER.WARMUP_ITERS": round(base.SOLVER.WARMUP_ITERS / factor),
-        "SOLVER.CHECKPOINT_PERIOD": round(base.SOLVER.CHECKPOINT_PERIOD / factor),
-        "TEST.EVAL_PERIOD": round(base.TEST.EVAL_PERIOD / factor),
         "SEED": seed,
         "OUTPUT_DIR": f"{base.OUTPUT_DIR}/{norm}_{images}/seed{seed}",
         **{f"MODEL.{node}.NORM": norm for node in NODES},
     }
-    return load([*args.opts, *(part for item in scaled.items() for part in item)])
+    return _load(args, [*args.opts, *(part for item in settings.items() for part in item)])
+
+
+def _load(args, opts):
+    return setup_config(SimpleNamespace(
+        config_file=str(args.config_file), opts=opts, num_gpus=args.num_gpus, num_machines=1,
+        resume=True, eval_only=False,
+    ))
 
 
 def train(cfg, args):
@@ -112,16 +106,15 @@ def write_table(results, folder):
 
 
 def plot_curves(folders, path):
-    """Plot the total loss and AP of {row: [folder, ...]} against the images seen, all seeds."""
+    """Plot the total loss and AP of {row: [folder, ...]} against iterations, all seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     names = (("total_loss", "loss"), ("bbox/AP", "box AP (%)"), ("segm/AP", "mask AP (%)"))
     for number, (row, runs) in enumerate(folders.items()):
         for k, records in enumerate(map(read_metrics, runs)):
             for axis, (name, label) in zip(axes, names, strict=True):
-                points = [((r["iteration"] + 1) * int(row.split(":")[1]), r[name])
-                          for r in records if name in r]
+                points = [(r["iteration"] + 1, r[name]) for r in records if name in r]
                 axis.plot(*zip(*points), color=f"C{number}", alpha=0.8, label=None if k else row)
-                axis.set(xlabel="images seen", ylabel=label)
+                axis.set(xlabel="iterations", ylabel=label)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
@@ -151,7 +144,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default=CONFIG, help="for 2 images an iteration")
+    parser.add_argument("--config-file", default=CONFIG, help="what all rows share")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="NORM:IMAGES")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--num-gpus", type=int, default=1, help="0: CPU even if there is a GPU")
