@@ -1,6 +1,8 @@
 # make demo, make test: the environment is built first where there is none.
 # PYTHON names the interpreter that .venv is made from; its torch and torchvision are used if it has them.
 PYTHON ?= python3
+# For each of the three targets of make fuzz.
+FUZZ_SECONDS ?= 600
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -43,9 +45,16 @@ test: $(READY)
 test-slow: $(READY)
 	@$(PY) -m pytest -q -m slow $(ARGS)
 
-# Each test runs until it fails or its examples are used up; the timeout is for a hang.
+# Rounds of new examples for each target until its time is over. What fails is kept in .hypothesis and
+# comes first in the next round, or in make test.
 fuzz: $(READY)
-	@$(PY) -m pytest -q -m fuzz --hypothesis-profile=fuzz --timeout=3000 $(ARGS)
+	@for target in test_any_options test_any_damage test_any_value_anywhere; do
+		end=$$(($$(date +%s) + $(FUZZ_SECONDS)))
+		while test $$(date +%s) -lt $$end; do
+			$(PY) -m pytest -q -m fuzz -k $$target --hypothesis-profile=fuzz --timeout=3000 \
+				--hypothesis-seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') $(ARGS)
+		done
+	done
 
 env: $(READY)
 

@@ -9,6 +9,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mabn_d2 import CheckpointError, convert_imagenet
 from mabn_d2.checkpoint import read_checkpoint, write_checkpoint
@@ -82,34 +84,68 @@ def test_memory_bomb(tmp_path):
         read_checkpoint(tmp_path / "a.pkl")
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "pkl"])
-def test_thousand_mutations(form, tmp_path):
-    """Each ends in weights that are valid or in CheckpointError."""
-    rng = random.Random(form)
-    path = tmp_path / ("a.pkl" if form == "pkl" else "a.pth")
+FORMS = {"zip": "a.pth", "legacy": "a.pth", "pkl": "a.pkl"}
+
+
+def whole_file(form, folder):
+    """Write a small classifier's checkpoint; return its path and bytes."""
+    path = folder / FORMS[form]
     state = PublishedResNet(18, width=2).state_dict()
     if form == "pkl":
         write_checkpoint({"model": state, "__author__": "x"}, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
-    whole, outcomes = path.read_bytes(), {"read": 0, "refused": 0}
+    return path, path.read_bytes()
+
+
+def converts(path):
+    """Return whether a file converts, to weights that are valid, or is refused in one line."""
+    try:
+        weights = convert_imagenet(read_checkpoint(path))["model"]
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+        return False
+    assert len(weights) == 80
+    assert all(value.isfinite().all() for value in weights.values())
+    assert all((v >= 0).all() for k, v in weights.items() if k.endswith("running_var"))
+    return True
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_thousand_mutations(form, tmp_path):
+    rng = random.Random(form)
+    path, whole = whole_file(form, tmp_path)
+    refused = 0
     for i in range(1000 // 3 + 1):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 8))):
             # Half of them in the headers of records, or the names and shapes of a pickle.
             data[rng.randrange(len(data) if i % 2 else min(len(data), 4000))] = rng.randrange(256)
         path.write_bytes(data[: rng.randrange(len(data))] if i % 5 == 0 else data)
-        try:
-            weights = convert_imagenet(read_checkpoint(path))["model"]
-            outcomes["read"] += 1
-        except CheckpointError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-            continue
-        assert len(weights) == 80
-        assert all(value.isfinite().all() for value in weights.values())
-        assert all((v >= 0).all() for k, v in weights.items() if k.endswith("running_var"))
-    assert outcomes["refused"] > 100, outcomes
+        refused += not converts(path)
+    assert refused > 100
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    return {form: whole_file(form, tmp_path_factory.mktemp(form)) for form in FORMS}
+
+
+@pytest.mark.fuzz
+@given(
+    st.sampled_from(list(FORMS)),
+    st.lists(st.tuples(st.integers(0, 2**20), st.binary(max_size=9), st.integers(0, 9)), max_size=4),
+    st.integers(0, 2**20) | st.none(),
+)
+def test_any_damage(whole_files, form, edits, end):
+    """Bytes replaced, inserted and removed anywhere, a file cut anywhere."""
+    path, whole = whole_files[form]
+    data = bytearray(whole)
+    for start, new, removed in edits:
+        start %= len(data) + 1
+        data[start : start + removed] = new
+    path.write_bytes(data if end is None else data[: end % (len(data) + 1)])
+    converts(path)
 
 
 def test_empty_and_truncated(tmp_path):
