@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -96,11 +97,18 @@ def test_check_config(digits_cfg, key, value, message):
 
 
 def run(*arguments):
+    process = start(*arguments, stderr=subprocess.PIPE)
+    stdout, stderr = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start(*arguments, stderr=subprocess.STDOUT, **options):
     command = [sys.executable, "tools/train_net.py", "--config-file", CONFIG, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
                    "PYTHONWARNINGS": "ignore"}  # Detectron2's own
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        **options,
     )
 
 
@@ -113,6 +121,26 @@ def test_bad_command_is_one_line():
         done = run("--num-gpus", 2, *arguments)
         assert done.returncode == 1 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_signal_to_the_parent_of_two_processes(tmp_path, whole_group):
+    """From a scheduler to the parent, or from a terminal to all: the same, once."""
+    number = signal.SIGINT if whole_group else signal.SIGTERM
+    arguments = ["--num-gpus", "2", "--dist-url", "auto", "OUTPUT_DIR", tmp_path, "DATASETS.TEST",
+                 "()", "SOLVER.MAX_ITER", "100000"]
+    process = start(*arguments, start_new_session=True)
+    lines, sent = [], False
+    for line in process.stdout:
+        lines.append(line)
+        if "iter: 19 " in line and not sent:
+            sent = True
+            (os.killpg if whole_group else os.kill)(process.pid, number)
+    assert process.wait(timeout=60) == 128 + number, "".join(lines[-30:])
+    assert not [line for line in lines if "Traceback" in line], "".join(lines[-30:])
+    iteration = int((tmp_path / "last_checkpoint").read_text()[len("model_") : -len(".pth")])
+    state = torch.load(tmp_path / f"model_{iteration:07d}.pth", weights_only=False)
+    assert 19 <= state["iteration"] == iteration < 100
 
 
 def test_two_processes_train_resume_and_evaluate(tmp_path):

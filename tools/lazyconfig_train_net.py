@@ -8,13 +8,14 @@ from detectron2.engine import (
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from mabn_d2 import configure_mabn
 from mabn_d2.checkpoint import SafeCheckpointer
+from mabn_d2.engine import launch
+from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.step import GuardedDDP, GuardedTrainer
 
 
@@ -53,6 +54,7 @@ def train(cfg, model, resume):
         *([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)] if main else []),
         hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
         *([hooks.PeriodicWriter(writers, period=cfg.train.log_period)] if main else []),
+        StopOnSignal(checkpointer),
     ])
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0

@@ -3,13 +3,13 @@
 
 import sys
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from mabn_d2 import CheckpointError, SafeCheckpointer, warn_of_differences
 from mabn_d2.data import BadAnnotationError
-from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config
+from mabn_d2.engine import ConfigError, Trainer, check_data, launch, setup_config
 
 
 def main(args):

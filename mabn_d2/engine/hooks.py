@@ -1,8 +1,10 @@
 """Hooks of the trainer: seeds, statistics over ranks, recalibration, signals."""
 
 import logging
+import os
 import signal
 import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -84,10 +86,12 @@ class StopOnSignal(HookBase):
     """On SIGTERM or SIGINT: finishes the iteration, writes a checkpoint, exits with 128 + signal.
 
     A signal to any rank stops all of them after the same iteration. A second signal ends the
-    process at once, as it would without this hook.
+    process at once, as it would without this hook, unless it comes within a second: then it is
+    the same one, by way of the process group or of the parent.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SAME = 1.0  # seconds
 
     def __init__(self, checkpointer):
         self.checkpointer = checkpointer
@@ -106,8 +110,11 @@ class StopOnSignal(HookBase):
             signal.signal(*self._before.popitem())
 
     def _receive(self, number, frame):
-        self.received = number
-        self._restore()
+        if not self.received:
+            self.received, self._time = number, time.monotonic()
+        elif time.monotonic() - self._time > self.SAME:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def after_step(self):
         # Detectron2 gathers metrics over the ranks in every iteration by the same means.
