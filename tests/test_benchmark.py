@@ -55,6 +55,13 @@ def test_inference():
     ]
 
 
+def test_detector():
+    arguments = ["--norms", "mabn_folded", "--size", "64", "--batch", "1"]
+    report = tool.main(["detector", *FAST, *arguments])
+    assert [r["norm"] for r in report["results"]] == ["frozen_bn", "mabn_folded"]
+    assert report["results"][0]["ratio"] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

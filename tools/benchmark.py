@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""Time normalization layers against BatchNorm: alone, in a ResNet-50 at inference, in a detector.
+"""Time normalization layers against BatchNorm: alone, in a ResNet-50 at inference, in a detector at
+inference and in training.
 
     tools/benchmark.py layer --dtype fp32,bf16 --threads 1,2 --output benchmarks/layer.json
     tools/benchmark.py inference --norms bn,ln,in,gn,mabn --output benchmarks/inference.json
+    tools/benchmark.py detector --norms frozen_bn,mabn,mabn_folded --output benchmarks/detector.json
     tools/benchmark.py step --norms bn,mabn --output benchmarks/step.json
 
-Norms are timed in turn, round by round; ratios are of the same round, to BatchNorm or, with ReLU, to
-BatchNorm and ReLU. Median and quartiles are shown. `formula` is MABN by plain tensor expressions. Beside the JSON file a picture of the same name is written.
+Norms are timed in turn, round by round; ratios are of the same round, to BatchNorm, with ReLU to
+BatchNorm and ReLU, of a detector at inference to Detectron2's with FrozenBN. Median and quartiles are
+shown. `formula` is MABN by plain tensor expressions, `mabn_folded` the model that `fold_mabn` makes of
+one with MABN, `mabn_folded_conv` the one without norms. Beside the JSON file a picture of the same name
+is written.
 """
 
 import argparse
@@ -25,8 +30,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def baseline(norm):
+def baseline(norm, what):
     """Return the norm that a norm is compared with."""
+    if what == "detector":
+        return "frozen_bn"
     return "bn_relu" if norm.endswith("_relu") else "bn"
 
 
@@ -86,9 +93,10 @@ NORMS = {
 }
 # What Detectron2 calls them.
 DETECTRON2_NORMS = {"bn": "BN", "syncbn": "SyncBN", "gn": "GN", "ln": "LN", "mabn": "MABN"}
+DETECTORS = ("frozen_bn", "mabn", "mabn_folded", "mabn_folded_conv")
 
 
-def choose_norms(names, known, device):
+def choose_norms(names, known, device, what):
     """Split "bn,mabn" and return the names, what they are compared with first.
 
     Raises:
@@ -96,7 +104,7 @@ def choose_norms(names, known, device):
     """
     able = [name for name in known if name != "syncbn" or device == "cuda"]
     names = names.split(",")
-    names = list(dict.fromkeys([*map(baseline, names), *names]))
+    names = list(dict.fromkeys([*(baseline(name, what) for name in names), *names]))
     for name in names:
         if name not in able:
             raise ValueError(f"norm {name!r} is not available on {device}: {', '.join(able)} are")
@@ -150,6 +158,29 @@ def run_inference(args):
 @torch.inference_mode()
 def infer(net, images):
     return net(images)
+
+
+def run_detector(args):
+    """Detectron2's Mask R-CNN R50-FPN in evaluation mode, with equal detections under each norm."""
+    from mabn_d2 import fold_mabn
+
+    source = detector("MABN", args.device).eval()
+    folded = fold_mabn(source)
+    stock = detector("FrozenBN", args.device).eval()
+    stock.load_state_dict(folded.state_dict())
+    made = {
+        "frozen_bn": lambda: stock,
+        "mabn": lambda: source,
+        "mabn_folded": lambda: folded,
+        "mabn_folded_conv": lambda: fold_mabn(source, "conv"),
+    }
+    models = {name: made[name]() for name in args.norms}
+    images = [{"image": random_image(args.size)["image"]} for _ in range(args.batch)]
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        steps = {name: partial(infer, model, images) for name, model in models.items()}
+        shape = (args.batch, 3, args.size, args.size)
+        yield {"threads": threads, "dtype": "fp32", "format": "nchw", "shape": shape}, steps
 
 
 def run_step(args):
@@ -261,7 +292,12 @@ def table(results):
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-RUNS = {"layer": run_layer, "inference": run_inference, "step": run_step}
+RUNS = {
+    "layer": run_layer,
+    "inference": run_inference,
+    "detector": run_detector,
+    "step": run_step,
+}
 
 
 def parse(argv=None):
@@ -282,7 +318,7 @@ def parse(argv=None):
     parser.add_argument("what", choices=RUNS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default=["fp32"], type=partial(listed, partial(choice, DTYPES)))
-    parser.add_argument("--norms", default="bn,mabn")
+    parser.add_argument("--norms", help="comma-separated; default: all of a detector, bn,mabn else")
     parser.add_argument("--output", type=Path, help="JSON file; a PNG file goes beside it")
     parser.add_argument(
         "--threads", default=[torch.get_num_threads()], type=partial(listed, int), help="1,2"
@@ -312,10 +348,11 @@ def parse(argv=None):
         help="cpu: seconds of all threads' work, where others use the machine (default: wall, cuda)",
     )
     args = parser.parse_args(argv)
+    args.norms = args.norms or (",".join(DETECTORS) if args.what == "detector" else "bn,mabn")
     args.clock = args.clock or {"cpu": "wall", "cuda": "cuda"}[args.device]
     try:
-        known = DETECTRON2_NORMS if args.what == "step" else NORMS
-        args.norms = choose_norms(args.norms, known, args.device)
+        known = {"step": DETECTRON2_NORMS, "detector": DETECTORS}.get(args.what, NORMS)
+        args.norms = choose_norms(args.norms, known, args.device, args.what)
         if (args.device == "cuda") != (args.clock == "cuda"):
             raise ValueError("--clock cuda goes with --device cuda, wall and cpu with cpu")
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -337,7 +374,7 @@ def main(argv=None):
         elements = torch.Size(case["shape"]).numel() * case.get("depth", 1)
         for norm in steps:
             row = {"depth": 1, **case, "elements": elements, "norm": norm}
-            row |= benchmark.summarize(times[norm], times[baseline(norm)])
+            row |= benchmark.summarize(times[norm], times[baseline(norm, args.what)])
             results.append({**row, "peak_bytes": benchmark.memory_peak(steps[norm], args.device)})
         print(table(results[-len(steps) :]), flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
