@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
-from mabn_d2 import CheckpointError, fold_mabn
+from mabn_d2 import CheckpointError, add_mabn_config, fold_mabn
 from mabn_d2.checkpoint import fold_detector
 from mabn_d2.layers import CenConv2d, MABN2d
 from mabn_d2.modeling.norm import CenNormConv2d, build_model
 
+from conftest import ROOT
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
 
 
@@ -83,6 +85,23 @@ def test_detector(into):
     # The scaled filters of "conv" are rounded otherwise, which random weights amplify.
     assert_same_instances(model(images), folded(images), rtol=0 if into == "frozen_bn" else 1e-4)
     assert "MABN" not in stock.dump() and "OPTIMIZER" not in stock.SOLVER
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("into", ["frozen_bn", "conv"])
+def test_statistics_of_each_level(into):
+    """RetinaNet's head: strict keys are `fold_detector`'s own check; here the values."""
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs/retinanet_R50_FPN_mabn_2x.yaml"))
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    model = randomized(build_model(cfg))
+    folded, stock = fold_detector(model, cfg, into)
+    assert stock.MODEL.RETINANET.NORM == "BN"
+    features = [torch.randn(1, 256, size, size) for size in (16, 8, 4, 2, 1)]
+    for found, expected in zip(folded.head(features), model.head(features), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
 @torch.no_grad()

@@ -1,19 +1,21 @@
 """From MABN to layers that stock Detectron2 has, without a difference in evaluation.
 
 A centred convolution is a convolution with centred filters, and MABN in evaluation,
-y = w x / sqrt(R + eps) + b, is a FrozenBatchNorm2d with the mean 0 and the variance R.
+y = w x / sqrt(R + eps) + b, is a FrozenBatchNorm2d with the mean 0 and the variance R. Where a head
+has statistics of each level (RetinaNet), one FrozenBatchNorm2d can't hold them; Detectron2's list of
+BatchNorms does.
 """
 
 from copy import deepcopy
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import CNNBlockBase
 from torch import nn
 
 from ..config import add_mabn_config
-from ..layers import MABN2d, center_weight
+from ..layers import MABN2d, PerLevelNorm, center_weight
 from ..modeling.norm import CENTRED, NORM, detectron2_build_model
 from .io import CheckpointError
 from .state import WINDOWS, check, unwrap
@@ -41,6 +43,8 @@ def fold_mabn(model, into="frozen_bn"):
 
             Note that Detectron2's ResNet blocks have no bias under any norm, so that a file for it
             needs "frozen_bn" there (`fold_detector`).
+        A PerLevelNorm becomes a CycleBatchNormList either way; it is for evaluation like the rest.
+
     Raises:
         ValueError: for another `into`, or naming norms that have no convolution to fold into.
     """
@@ -51,6 +55,10 @@ def fold_mabn(model, into="frozen_bn"):
 
 def _fold(model, into):
     """`fold_mabn` in place, but for a model that is a norm itself; returns the model."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, PerLevelNorm) and isinstance(child[0], MABN2d):
+                setattr(parent, name, _per_level(child))
     places = list(_norms(model))
     if isinstance(model, MABN2d):
         places = [(None, None, "the model", model)]
@@ -95,6 +103,19 @@ def _frozen(norm):
         for name in ("weight", "bias", "running_var"):
             getattr(frozen, name).copy_(getattr(norm, name))
     return frozen.train(norm.training)
+
+
+def _per_level(norms):
+    """Return Detectron2's list of BatchNorms with the statistics of a PerLevelNorm of MABN."""
+    levels = CycleBatchNormList(len(norms), num_features=norms[0].num_features)
+    levels = levels.to(norms[0].running_var)
+    with torch.no_grad():
+        levels.weight.copy_(norms[0].weight)
+        levels.bias.copy_(norms[0].bias)
+        for level, norm in zip(levels, norms, strict=True):
+            # A config has no eps for them.
+            level.running_var.copy_((norm.running_var.double() + norm.eps - level.eps).clamp(min=0))
+    return levels.train(norms.training)
 
 
 def _fold_into(conv, norm):
@@ -154,6 +175,8 @@ def stock_config(cfg, into="frozen_bn"):
     for node in (new.MODEL, *new.MODEL.values()):
         if hasattr(node, "get") and node.get("NORM") == NORM:
             node.NORM = "FrozenBN" if into == "frozen_bn" else ""
+    if cfg.MODEL.RETINANET.NORM == NORM:
+        new.MODEL.RETINANET.NORM = "BN"  # the list of a BatchNorm for each level, see `_per_level`
     backbone = new.MODEL.BACKBONE
     if backbone.NAME.startswith("build_mabn_"):
         backbone.NAME = backbone.NAME.replace("mabn_", "")
