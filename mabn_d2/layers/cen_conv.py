@@ -1,5 +1,6 @@
 """Convolution with zero-centred filters, the companion of MABN2d."""
 
+import torch
 from torch import nn
 
 
@@ -8,13 +9,57 @@ def center_weight(weight):
     return weight - weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
+class _CenConv(torch.autograd.Function):
+    """The convolution with centred filters; keeps the weight, which is there anyway, not its copy."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype, *geometry):
+        ctx.save_for_backward(x, weight)
+        ctx.dtype, ctx.geometry = dtype, geometry
+        ctx.bias = None if bias is None else (bias.dtype, bias.shape)
+        if bias is not None:
+            bias = bias.to(dtype)
+        return torch.convolution(x, center_weight(weight).to(dtype), bias, *geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        needed = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, x, center_weight(weight).to(ctx.dtype), ctx.bias and ctx.bias[1], *ctx.geometry, needed
+        )
+        if dweight is not None:
+            dweight = center_weight(dweight.to(weight.dtype))
+        if dbias is not None:
+            dbias = dbias.to(ctx.bias[0])
+        return dx, dweight, dbias, *(None,) * 7
+
+
 class CenConv2d(nn.Conv2d):
     """`nn.Conv2d` whose filters are centred in the forward (section 4.2 of the paper, "weight
     centralization"); arguments, parameters and state are those of `nn.Conv2d`.
 
     Where inputs have equal means over a filter's channels, its outputs have a mean of zero, which
     is why MABN2d subtracts none. The stored weight itself is free: its mean gets no gradient.
+
+    In training no copy of the filters is kept for the backward, which centres them once more.
     """
 
     def _conv_forward(self, input, weight, bias):
-        return super()._conv_forward(input, center_weight(weight), bias)
+        if (
+            not torch.is_grad_enabled()
+            or not weight.requires_grad
+            or torch.compiler.is_compiling()  # which decides for itself what to keep
+            or torch.jit.is_tracing()
+            or isinstance(self.padding, str)
+            or self.padding_mode != "zeros"
+            or not torch.amp.is_autocast_available(input.device.type)  # meta
+        ):
+            return super()._conv_forward(input, center_weight(weight), bias)
+        device, dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        geometry = self.stride, self.padding, self.dilation, False, (0, 0), self.groups
+        with torch.autocast(device, enabled=False):
+            return _CenConv.apply(input.to(dtype), weight, bias, dtype, *geometry)

@@ -28,18 +28,18 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm, center_weight
+from ..layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
 
 NORM = "MABN"
 RENORM = "BRN"
 
 
-class CenNormConv2d(Conv2d):
+class CenNormConv2d(CenConv2d, Conv2d):
     """Detectron2's Conv2d, which holds norm and activation, with filters centred in the forward."""
 
     def forward(self, x):
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
-        x = self._conv_forward(x, center_weight(self.weight), self.bias)
+        x = self._conv_forward(x, self.weight, self.bias)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
