@@ -136,7 +136,7 @@ def draw_page(configs, path):
         axis.imshow(plt.imread(picture))
         axis.set_title(row)
         axis.set_axis_off()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=60)
     plt.close(figure)
 
 
