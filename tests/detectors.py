@@ -24,6 +24,7 @@ def narrow_cfg(**resnets):
         model.RESNETS[key] = value
     model.FPN.OUT_CHANNELS = model.ROI_BOX_HEAD.CONV_DIM = model.ROI_MASK_HEAD.CONV_DIM = 16
     model.ROI_BOX_HEAD.FC_DIM = 32
+    model.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"  # whose random weights let signals through
     model.ROI_HEADS.NUM_CLASSES = 10
     model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TEST = 200, 50
     model.ROI_HEADS.SCORE_THRESH_TEST = 0.0

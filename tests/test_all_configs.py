@@ -14,7 +14,8 @@ from conftest import ROOT
 from inputs import training_inputs
 
 CONFIGS = sorted(str(p.relative_to(ROOT / "configs")) for p in ROOT.glob("configs/**/*.yaml"))
-LEAVES = [name for name in CONFIGS if not name.startswith("Base-")]
+BASES = [name for name in CONFIGS if name.startswith("Base-")]
+LEAVES = [name for name in CONFIGS if name not in BASES]
 # Widths that every norm takes: GroupNorm has 32 groups.
 NARROW = [
     "MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32,
@@ -29,6 +30,13 @@ def load(name):
     add_mabn_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / name))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", 2])
+    return cfg
+
+
+def narrow(name):
+    cfg = load(name)
+    width = max(32 // cfg.MODEL.RESNETS.NUM_GROUPS, 1)
+    cfg.merge_from_list([*NARROW, "MODEL.RESNETS.WIDTH_PER_GROUP", width])
     return cfg
 
 
@@ -61,9 +69,7 @@ def step(cfg):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_narrow(name):
-    cfg = load(name)
-    width = max(32 // cfg.MODEL.RESNETS.NUM_GROUPS, 1)
-    cfg.merge_from_list([*NARROW, "MODEL.RESNETS.WIDTH_PER_GROUP", width])
+    cfg = narrow(name)
     (norm,) = set(norms(cfg).values())
     model = step(cfg)
     kind = {"MABN": MABN2d, "BRN": BatchRenorm2d, "BN": torch.nn.BatchNorm2d,
@@ -72,8 +78,13 @@ def test_narrow(name):
     assert sum(isinstance(m, kind) for m in model.modules()) >= (20 if "digits" in name else 53 + 6)
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_base_without_a_norm(name):
+    step(narrow(name))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_full_size(name):
     step(load(name))
 

@@ -1,3 +1,5 @@
+"""mabn_d2/modeling/backbone.py and box_head.py."""
+
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -8,7 +10,9 @@ from torch import nn
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import MABN2d
-from mabn_d2.modeling.norm import CenNormConv2d
+from mabn_d2.modeling.norm import CenNormConv2d, build_model
+
+from test_all_configs import load, narrow
 
 
 def config(name, node=True, **resnets):
@@ -107,3 +111,30 @@ def test_published_initialization():
     assert weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.01)
     assert isinstance(build_backbone(config("build_mabn_resnet_backbone")).stem.conv1,
                       CenNormConv2d)
+
+
+def test_one_word_changes_the_norm_and_nothing_else():
+    """Every row of the table from every other's file: the same seed gives the same initial weights."""
+    weights = {}
+    for row in ("mabn", "bn", "brn", "gn", "syncbn"):
+        for norm in (None, "BN"):
+            cfg = narrow(f"scratch_mask_rcnn_R50_FPN_{row}_2x.yaml")
+            for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+                cfg.MODEL[node].NORM = norm or cfg.MODEL[node].NORM
+            torch.manual_seed(3)
+            state = build_model(cfg).state_dict()
+            weights[row, norm] = {k: v for k, v in state.items() if ".norm." not in k}
+    first = weights["mabn", None]
+    assert sum("backbone" in key or "conv" in key or "mask_fcn" in key for key in first) >= 69
+    for other in weights.values():
+        assert other.keys() == first.keys()
+        assert all(torch.equal(value, first[key]) for key, value in other.items())
+
+
+def test_box_convolutions_start_as_published():
+    cfg = load("scratch_mask_rcnn_R50_FPN_bn_2x.yaml")
+    head = build_model(cfg).roi_heads.box_head
+    for conv in (head.conv1, head.conv4):
+        assert conv.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    bound = (3 / head.fc1.in_features) ** 0.5  # Detectron2's, and the published
+    assert head.fc1.weight.abs().max().item() == pytest.approx(bound, rel=0.01)

@@ -42,7 +42,7 @@ def test_published_schedule(name):
     assert model.RPN.POST_NMS_TOPK_TRAIN == 1000
     box, mask = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD
     assert (box.NAME, box.NUM_CONV, box.CONV_DIM, box.NUM_FC, box.FC_DIM, box.SMOOTH_L1_BETA) == (
-        "FastRCNNConvFCHead", 4, 256, 1, 1024, 1.0)
+        "PublishedConvFCHead", 4, 256, 1, 1024, 1.0)
     assert mask.NUM_CONV == 4
     for head in (box, mask):
         assert (head.POOLER_TYPE, head.POOLER_SAMPLING_RATIO, head.NORM) == ("ROIAlign", 2, "MABN")

@@ -1,5 +1,8 @@
 """checkpoint/fold.py."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -13,6 +16,18 @@ from mabn_d2.modeling.norm import CenNormConv2d, build_model
 
 from conftest import ROOT
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
+
+STOCK = """
+import sys
+sys.modules["mabn_d2"] = None
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+cfg = get_cfg()
+cfg.merge_from_file("stock.yaml")
+build_model(cfg).load_state_dict(torch.load("folded.pth"), strict=True)
+print(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_BOX_HEAD.NAME)
+"""
 
 
 def pair(activation=None, bias=True):
@@ -118,3 +133,15 @@ def test_detector_that_stock_detectron2_does_not_build():
     cfg = narrow_cfg(DEPTH=18, RES2_OUT_CHANNELS=16)
     with pytest.raises(CheckpointError, match="RES2_OUT_CHANNELS = 64"):
         fold_detector(build_model(cfg), cfg)
+
+
+@pytest.mark.parametrize("backbone", ["mabn", "any_norm"])
+def test_a_process_without_the_plugin_builds_it(tmp_path, backbone):
+    cfg = narrow_cfg()
+    cfg.MODEL.BACKBONE.NAME = f"build_{backbone}_resnet_fpn_backbone"
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "PublishedConvFCHead"
+    folded, stock = fold_detector(build_model(cfg), cfg)
+    (tmp_path / "stock.yaml").write_text(stock.dump())
+    torch.save(folded.state_dict(), tmp_path / "folded.pth")
+    done = subprocess.run([sys.executable, "-c", STOCK], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["build_resnet_fpn_backbone", "FastRCNNConvFCHead"], done.stderr

@@ -5,18 +5,21 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from mabn_d2.modeling import PublishedConvFCHead, PublishedResNet
 from mabn_d2.solver import get_optimizer_params
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 model.pixel_mean = [102.9801, 115.9465, 122.7717]
 model.pixel_std = [1.0, 1.0, 1.0]
 model.backbone.norm = "MABN"
+model.backbone.bottom_up._target_ = PublishedResNet
 model.backbone.bottom_up.stem.norm = "MABN"
 model.backbone.bottom_up.stages.norm = "MABN"
 model.backbone.bottom_up.freeze_at = 0
 model.proposal_generator.smooth_l1_beta = 1 / 9
 model.proposal_generator.anchor_boundary_thresh = 0
 _heads = model.roi_heads
+_heads.box_head._target_ = PublishedConvFCHead
 _heads.box_head.update(conv_dims=[256] * 4, fc_dims=[1024], conv_norm="MABN")
 _heads.box_predictor.smooth_l1_beta = 1.0
 _heads.mask_head.conv_norm = "MABN"

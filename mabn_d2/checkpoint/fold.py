@@ -22,6 +22,14 @@ from .state import WINDOWS, check, unwrap
 
 INTO = ("frozen_bn", "conv")
 _STOCK = {centred: stock for stock, centred in CENTRED.items()}
+# What this package registers, and what stock Detectron2 has in its place: the same but for initial
+# weights, and widths and depths that it may not have.
+_STOCK_NAMES = {
+    "build_mabn_resnet_backbone": "build_resnet_backbone",
+    "build_mabn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_any_norm_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "PublishedConvFCHead": "FastRCNNConvFCHead",
+}
 
 
 class FrozenBatchNormReLU2d(FrozenBatchNorm2d):
@@ -177,11 +185,12 @@ def stock_config(cfg, into="frozen_bn"):
             node.NORM = "FrozenBN" if into == "frozen_bn" else ""
     if cfg.MODEL.RETINANET.NORM == NORM:
         new.MODEL.RETINANET.NORM = "BN"  # the list of a BatchNorm for each level, see `_per_level`
-    backbone = new.MODEL.BACKBONE
-    if backbone.NAME.startswith("build_mabn_"):
-        backbone.NAME = backbone.NAME.replace("mabn_", "")
+    if cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_"):  # MABN whatever NORM says
         new.MODEL.FPN.NORM = "FrozenBN" if into == "frozen_bn" else ""
-    new.MODEL.RESNETS.NORM = "FrozenBN"
+    if cfg.MODEL.RESNETS.NORM == NORM:
+        new.MODEL.RESNETS.NORM = "FrozenBN"  # either way: the blocks have no bias
+    for node in (new.MODEL.BACKBONE, new.MODEL.ROI_BOX_HEAD):
+        node.NAME = _STOCK_NAMES.get(node.NAME, node.NAME)
     return new
 
 

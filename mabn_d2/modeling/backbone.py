@@ -18,6 +18,16 @@ BLOCKS_PER_STAGE = {
 }
 
 
+class PublishedResNet(ResNet):
+    """Detectron2's ResNet, its convolutions in the published initial state: kaiming_uniform, a = 1."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                weight_init.c2_xavier_fill(module)
+
+
 @BACKBONE_REGISTRY.register()
 def build_mabn_resnet_backbone(cfg, input_shape):
     """Build a ResNet with MABN behind every convolution, its weights in the published init.
@@ -70,10 +80,7 @@ def _build_resnet(cfg, input_shape, norm):
         in_channels, out_channels = out_channels, out_channels * 2
         bottleneck_channels *= 2
 
-    resnet = ResNet(stem, stages, out_features=node.OUT_FEATURES)
-    for module in resnet.modules():
-        if isinstance(module, nn.Conv2d):
-            weight_init.c2_xavier_fill(module)  # kaiming_uniform with a = 1, as published
+    resnet = PublishedResNet(stem, stages, out_features=node.OUT_FEATURES)
     return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
@@ -96,7 +103,8 @@ def build_mabn_resnet_fpn_backbone(cfg, input_shape):
 def build_any_norm_resnet_fpn_backbone(cfg, input_shape):
     """Build what `build_mabn_resnet_fpn_backbone` builds under RESNETS.NORM and FPN.NORM, any norm.
 
-    For comparisons: the same depths, widths and initial weights whatever the norm.
+    What the configs use, so that a comparison changes one word: depths, widths and initial weights
+    are the same whatever the norm.
     """
     resnet = _build_resnet(cfg, input_shape, cfg.MODEL.RESNETS.NORM)
     return _build_fpn(cfg, resnet, cfg.MODEL.FPN.NORM)
