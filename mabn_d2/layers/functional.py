@@ -14,7 +14,7 @@ a synchronization: conditions are tensors, branches are `torch.where`.
 import torch
 import torch.nn.functional as F
 
-from . import kernels, native
+from . import kernels
 
 
 def is_finite(vector):
@@ -99,8 +99,6 @@ def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
 
 def _scales(var, r, weight, eps):
     """Return var + eps, r / sqrt(var + eps) and weight times that; all (C,)."""
-    if native.takes(var):
-        return native.OPERATORS.scales(var, r, weight, eps)
     var = var + eps
     r_std = r * var.rsqrt()
     return var, r_std, r_std * weight
@@ -114,10 +112,6 @@ def _backward_scales(dyx, scale, var, r_std, psi_window, slot, plain, count):
         scale, var, r_std: of the forward, var with eps.
         psi_window, slot, plain: see `mabn_train`.
     """
-    if native.takes(dyx, psi_window):
-        return native.OPERATORS.backward_scales(
-            dyx, scale, var, r_std, psi_window, slot, plain, count
-        )
     psi = (dyx * scale).div_(count)  # mean(g * z) * sqrt(var), g = dy * weight * r
     window_mean = push(psi_window, slot, psi, is_finite(psi))
     psi = torch.where(plain, psi, window_mean.to(psi.dtype))
@@ -183,6 +177,55 @@ def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False
         relu: apply ReLU to y, keeping no other tensor for it.
     """
     return _MABN.apply(x, weight, bias, var, r, eps, relu, psi_window, slot, plain)
+
+
+class _FusedMABN(torch.autograd.Function):
+    """`advance` and `_MABN` by operators that do all of a layer in one call each way."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, psi_window, operators, relu, state, settings, counts):
+        ctx.dtypes = weight.dtype, bias.dtype
+        weight, bias = weight.float(), bias.float()
+        y, *statistics, var, r_std, scale = operators.normalize(
+            x, weight, bias, *state, *settings, counts, relu
+        )
+        slot, plain = statistics[3:5]
+        ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, plain)
+        # Written to in the backward, which the checks of save_for_backward forbid.
+        ctx.psi_window, ctx.operators = psi_window, operators
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return y, *statistics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
+        dx, dweight, dbias = ctx.operators.normalize_backward(
+            kernels.dense_like(dy, x),
+            x,
+            scale,
+            shift,
+            var,
+            r_std,
+            ctx.psi_window,
+            slot,
+            plain,
+            ctx.needs_input_grad[0],
+        )
+        weight_dtype, bias_dtype = ctx.dtypes
+        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 6
+
+
+def mabn_fused(x, weight, bias, psi_window, operators, relu, state, settings, counts):
+    """Return y and the Statistics (see mabn.py) of an input: `advance`, then `mabn_train`.
+
+    Args:
+        operators: a module with `normalize` and `normalize_backward`, see native.py.
+        state: buffer_x2, running_var, iters, rejected, of which all move if `counts`.
+        settings: eps, momentum, warmup_iters, clip_start, clip_limit of MABN2d.
+    """
+    return _FusedMABN.apply(x, weight, bias, psi_window, operators, relu, state, settings, counts)
 
 
 def mabn_eval(x, weight, bias, running_var, eps):

@@ -209,6 +209,9 @@ class MABN2d(nn.Module):
             return y.relu() if self.activation else y
         x = kernels.dense(x)
         counts = torch.is_grad_enabled()
+        repeats = not torch.compiler.is_compiling() and _in_backward() and self._records
+        if not (self.split_batch or repeats) and native.takes(x, self.buffer_x2):
+            return self._fused(x, counts)
         with torch.no_grad():
             if self.split_batch:
                 x2 = split.group_mean_square(x, self.batch_size)
@@ -244,6 +247,21 @@ class MABN2d(nn.Module):
             relu=self.activation is not None,
         )
 
+    def _fused(self, x, counts):
+        y, *statistics = functional.mabn_fused(
+            x,
+            self.weight,
+            self.bias,
+            self.buffer_gz,
+            native.OPERATORS,
+            self.activation is not None,
+            (self.buffer_x2, self.running_var, self.iters, self.rejected),
+            (self.eps, self.momentum, self.warmup_iters, self.clip_start, self.clip_limit),
+            counts,
+        )
+        self._remember(Statistics(*statistics))
+        return y
+
     def _statistics(self, x2, counts):
         """Return the Statistics of an input with mean square x2, (C,) or (G, C).
 
@@ -251,33 +269,20 @@ class MABN2d(nn.Module):
         """
         if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
             return self._count(x2, counts)
-        # A forward within a backward is one that activation checkpointing repeats.
-        if torch._C._current_graph_task_id() != -1:
+        if _in_backward():
             records = [record for record in self._records if record.x2.shape == x2.shape]
             if records:
                 return self._repeat(x2, records)
         statistics = self._count(x2, counts)
+        self._remember(statistics)
+        return statistics
+
+    def _remember(self, statistics):
         if not torch.is_inference_mode_enabled():
             self._records.appendleft(statistics)
-        return statistics
 
     def _count(self, x2, counts):
         """Return the Statistics of an input with mean square x2 that is not a repeated one."""
-        if not self.split_batch and native.takes(x2, self.buffer_x2):
-            chosen = native.OPERATORS.advance(
-                x2,
-                self.buffer_x2,
-                self.running_var,
-                self.iters,
-                self.rejected,
-                self.eps,
-                self.momentum,
-                self.warmup_iters,
-                self.clip_start,
-                self.clip_limit,
-                counts,
-            )
-            return Statistics(x2, *chosen)
         finite = functional.is_finite(x2.flatten())
         return self._advance(x2, finite, ~finite, counts)
 
@@ -371,6 +376,11 @@ class MABN2d(nn.Module):
         if self.activation:
             shown.append(f"activation={self.activation}")
         return ", ".join([str(self.num_features), *shown])
+
+
+def _in_backward():
+    """Within a backward: a forward there is one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _statistics_dtype(dtype):

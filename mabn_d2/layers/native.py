@@ -1,7 +1,9 @@
 """The compiled operators of `csrc`, where this installation has them (see setup.py).
 
-They do on a CPU what torch has no single kernel for. Where they are missing, for every other device
-and dtype, and under torch.compile, torch's own kernels do the same in more passes.
+They do on a CPU what torch has no single kernel for: `normalize` and `normalize_backward` are all of
+a MABN layer in one call each way, `product_sums`, `affine` and `combine` its passes. Where they are
+missing, for every other device and dtype, and under torch.compile, torch's own kernels do the same in
+more passes (`kernels.py`, `functional.py`).
 """
 
 import importlib.util

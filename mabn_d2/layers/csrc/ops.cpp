@@ -55,12 +55,14 @@ struct Layout {
   }
 
   // function(image, piece, offset, size): the piece's first element, and its rows, or elements.
+  // Backwards after a pass forwards, each thread begins with what it has in its cache.
   template <typename F>
-  void for_each_piece(const F& function) const {
+  void for_each_piece(const F& function, bool backwards = false) const {
     const int64_t size = channels_last ? rows * channels : pixels;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1));
     at::parallel_for(0, images * per_image, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = backwards ? begin + end - 1 - i : i;
         const int64_t image = k / per_image, piece = k % per_image, first = piece * rows;
         if (channels_last) {
           function(image, piece, (image * pixels + first) * channels,
@@ -134,7 +136,7 @@ Tensor affine(const Tensor& x, const Tensor& scale, const Tensor& shift, bool re
       } else {
         affine_plane<T, kRelu>(in, scales.at(image, piece), shifts.at(image, piece), out, size);
       }
-    });
+    }, true);
   });
   return y;
 }
@@ -160,7 +162,7 @@ Tensor combine(const Tensor& dy, const Tensor& x, const Tensor& dy_scale, const 
         combine_plane<T, kRelu>(g, in, dy_scales.at(n, c), scales.at(n, c), shifts.at(n, c),
                                 relu_shifts.at(n, c), out, size);
       }
-    });
+    }, true);
   });
   return dx;
 }
@@ -237,96 +239,203 @@ void check_flag(const Tensor& tensor, at::ScalarType dtype) {
               "expected one element of ", dtype, " on a CPU");
 }
 
-// window[slot] <- value unless `keep`; mean <- the mean of the rows, `value` among them or not.
-void push(float* window, int64_t length, int64_t channels, int64_t slot, const float* value,
-          bool keep, bool write, float* mean) {
-  std::fill(mean, mean + channels, 0);
-  for (int64_t row = 0; row < length; ++row) {
-    float* stored = window + row * channels;
-    if (row == slot && !keep && write) std::copy(value, value + channels, stored);
-    const float* from = row == slot && !keep ? value : stored;
-    for (int64_t c = 0; c < channels; ++c) mean[c] += from[c];
+// The last statistics of each channel, (length, channels), of which `slot` is replaced next.
+struct Window {
+  float* data;
+  int64_t length, channels, slot;
+
+  Window(const Tensor& tensor, int64_t channels_, int64_t slot_)
+      : data(tensor.data_ptr<float>()), length(tensor.size(0)), channels(channels_), slot(slot_) {
+    check_vector(tensor, length * channels);
   }
-  for (int64_t c = 0; c < channels; ++c) mean[c] /= float(length);
+
+  // The mean with `value` in the slot, if it is to enter.
+  float mean(int64_t c, float value, bool enters) const {
+    float sum = 0;
+    for (int64_t row = 0; row < length; ++row) {
+      sum += row == slot && enters ? value : data[row * channels + c];
+    }
+    return sum / float(length);
+  }
+
+  void push(const float* values) { std::copy(values, values + channels, data + slot * channels); }
+};
+
+// Sums of g * x and g, where g is dy behind the ReLU, if there is one, over a channel's planes.
+template <typename T, bool relu>
+void channel_sums(const T* dy, const T* x, const Layout& layout, int64_t c, float scale, float shift,
+                  float* product, float* total) {
+  double products = 0, totals = 0;
+  for (int64_t n = 0; n < layout.images; ++n) {
+    const int64_t offset = (n * layout.channels + c) * layout.pixels;
+    float p, t;
+    sums_plane<T, relu>(dy + offset, x + offset, scale, shift, &p, &t, layout.pixels);
+    products += p;
+    totals += t;
+  }
+  *product = float(products);
+  *total = float(totals);
 }
 
-// functional.advance, with the acceptance of the input and its counters.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> advance(
-    const Tensor& x2, Tensor window, Tensor running_var, Tensor iters, Tensor rejected, double eps_,
-    double momentum, int64_t warmup_iters, int64_t clip_start, double clip_limit, bool counts) {
-  const int64_t channels = x2.numel(), length = window.size(0);
-  check_vector(x2, channels);
-  check_vector(running_var, channels);
-  check_vector(window, length * channels);
+// function(c) for all channels of contiguous activations.
+template <typename F>
+void for_each_channel(const Layout& layout, const F& function) {
+  const int64_t size = std::max<int64_t>(layout.images * layout.pixels, 1);
+  at::parallel_for(0, layout.channels, std::max<int64_t>(1, kGrain / size),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t c = begin; c < end; ++c) function(c);
+                   });
+}
+
+// The whole forward: y, what it was normalized by (mabn.py's Statistics), and var + eps,
+// r / sqrt(var + eps) and weight times that.
+//
+// A channel's statistics need no other channel. So in contiguous activations each channel is mapped
+// right after it was summed, while it is in the cache: one pass over memory in place of two. Whether
+// the input is accepted is known after the last channel; if it is not, all are mapped once more.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor window_, Tensor running_var,
+    Tensor iters, Tensor rejected, double eps_, double momentum, int64_t warmup_iters,
+    int64_t clip_start, double clip_limit, bool counts, bool relu) {
+  const Layout layout(x);
+  const int64_t channels = layout.channels, length = window_.size(0);
+  for (const Tensor& vector : {weight, bias, running_var}) check_vector(vector, channels);
   check_flag(iters, at::kLong);
   check_flag(rejected, at::kLong);
-  const Tensor var_ = at::empty_like(x2), r_ = at::empty_like(x2), slot_ = at::empty_like(iters);
-  const Tensor plain_ = at::empty({1}, x2.options().dtype(at::kBool)),
-               counted = at::empty({1}, x2.options().dtype(at::kBool));
-  const float *in = x2.data_ptr<float>(), eps = float(eps_);
-  float *var = var_.data_ptr<float>(), *r = r_.data_ptr<float>(),
-        *running = running_var.data_ptr<float>();
 
-  const bool accepted = all_finite(in, channels);
-  const int64_t t = *iters.data_ptr<int64_t>() + 1, slot = t % length;
+  const int64_t t = *iters.data_ptr<int64_t>() + 1;
+  Window window(window_, channels, t % length);
   const bool plain = t <= std::max(length, warmup_iters - 1);
-  push(window.data_ptr<float>(), length, channels, slot, in, !accepted, counts, var);
-  if (plain) std::copy(in, in + channels, var);
-  const bool clipped = t > std::max(clip_start, warmup_iters);
-  const float low = float(1 / clip_limit), high = float(clip_limit), moves = float(1 - momentum);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float ratio = std::sqrt((var[c] + eps) / (running[c] + eps));
-    // NaN passes, as through torch's clamp.
-    r[c] = !clipped ? 1 : ratio < low ? low : ratio > high ? high : ratio;
-    if (counts && accepted) running[c] += moves * (var[c] - running[c]);
+  const bool clips = t > std::max(clip_start, warmup_iters);
+  const float eps = float(eps_), low = float(1 / clip_limit), high = float(clip_limit);
+
+  const auto vector = [&] { return at::empty({channels}, weight.options()); };
+  const Tensor x2_ = vector(), var_ = vector(), r_ = vector(), shifted_ = vector(),
+               r_std_ = vector(), scale_ = vector();
+  const auto all = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
+  float *x2 = all(x2_), *var = all(var_), *r = all(r_), *shifted = all(shifted_),
+        *r_std = all(r_std_), *scale = all(scale_), *running = all(running_var);
+  const float *w = all(weight), *b = all(bias);
+  const auto choose = [&](int64_t c, bool accepted) {
+    var[c] = plain ? x2[c] : window.mean(c, x2[c], accepted);
+    shifted[c] = var[c] + eps;
+    const float ratio = clips ? std::sqrt(shifted[c] / (running[c] + eps)) : 1;
+    r[c] = ratio < low ? low : ratio > high ? high : ratio;  // NaN passes, as through torch's clamp
+    r_std[c] = r[c] / std::sqrt(shifted[c]);
+    scale[c] = r_std[c] * w[c];
+  };
+
+  Tensor y;
+  const float count = float(layout.images * layout.pixels);
+  if (layout.channels_last) {
+    const Tensor sums = std::get<0>(product_sums(x, x, false, std::nullopt, std::nullopt));
+    for (int64_t c = 0; c < channels; ++c) x2[c] = all(sums)[c] / count;
+  } else {
+    y = at::empty_like(x);
+    dispatch(x, relu, [&](auto element, auto gated) {
+      using T = decltype(element);
+      const T* in = data<T>(x);
+      T* out = data<T>(y);
+      for_each_channel(layout, [&](int64_t c) {
+        float product, total;
+        channel_sums<T, false>(in, in, layout, c, 0, 0, &product, &total);
+        x2[c] = product / count;
+        choose(c, true);
+        for (int64_t n = layout.images; n-- > 0;) {  // the last plane is the warmest
+          const int64_t offset = (n * channels + c) * layout.pixels;
+          affine_plane<T, decltype(gated)::value>(in + offset, scale[c], b[c], out + offset,
+                                                  layout.pixels);
+        }
+      });
+    });
   }
-  *slot_.data_ptr<int64_t>() = slot;
-  *plain_.data_ptr<bool>() = plain;
-  *counted.data_ptr<bool>() = counts;
-  if (counts) *(accepted ? iters : rejected).data_ptr<int64_t>() += 1;
-  return {var_, r_, slot_, plain_, counted};
+  const bool accepted = all_finite(x2, channels);
+  if (layout.channels_last || !accepted) {
+    for (int64_t c = 0; c < channels; ++c) choose(c, accepted);
+    y = affine(x, scale_, bias, relu);
+  }
+
+  if (counts) {
+    if (accepted) {
+      window.push(x2);
+      const float moves = float(1 - momentum);
+      for (int64_t c = 0; c < channels; ++c) running[c] += moves * (var[c] - running[c]);
+    }
+    *(accepted ? iters : rejected).data_ptr<int64_t>() += 1;
+  }
+  const Tensor slot = at::empty_like(iters);
+  const Tensor flags = at::empty({2}, x.options().dtype(at::kBool));
+  *slot.data_ptr<int64_t>() = window.slot;
+  flags.data_ptr<bool>()[0] = plain;
+  flags.data_ptr<bool>()[1] = counts;
+  return {y,    x2_, var_, r_, slot, flags.narrow(0, 0, 1), flags.narrow(0, 1, 1), shifted_, r_std_,
+          scale_};
 }
 
-// var + eps, r / sqrt(var + eps) and weight times that.
-std::tuple<Tensor, Tensor, Tensor> scales(const Tensor& var, const Tensor& r, const Tensor& weight,
-                                          double eps) {
-  const int64_t channels = var.numel();
-  for (const Tensor& vector : {var, r, weight}) check_vector(vector, channels);
-  const Tensor shifted = at::empty_like(var), r_std = at::empty_like(var),
-               scale = at::empty_like(var);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float v = var.data_ptr<float>()[c] + float(eps);
-    const float s = r.data_ptr<float>()[c] / std::sqrt(v);
-    shifted.data_ptr<float>()[c] = v;
-    r_std.data_ptr<float>()[c] = s;
-    scale.data_ptr<float>()[c] = s * weight.data_ptr<float>()[c];
-  }
-  return {shifted, r_std, scale};
-}
-
-// The factor of x in dx, -psi / var, and dweight, from dyx = sum(dy * x) over `count` elements.
-std::tuple<Tensor, Tensor> backward_scales(const Tensor& dyx, const Tensor& scale,
-                                           const Tensor& var, const Tensor& r_std, Tensor window,
-                                           const Tensor& slot, const Tensor& plain,
-                                           int64_t count) {
-  const int64_t channels = dyx.numel(), length = window.size(0);
-  for (const Tensor& vector : {dyx, scale, var, r_std}) check_vector(vector, channels);
-  check_vector(window, length * channels);
+// The whole backward: dx, or an undefined tensor, dweight and dbias. In contiguous activations a
+// channel at a time, as in `normalize`.
+std::tuple<Tensor, Tensor, Tensor> normalize_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& scale_, const OptionalTensor& relu_shift,
+    const Tensor& var_, const Tensor& r_std_, Tensor psi_window, const Tensor& slot,
+    const Tensor& plain_, bool needs_dx) {
+  const Layout layout(x);
+  check_like(dy, x);
+  const int64_t channels = layout.channels;
+  for (const Tensor& vector : {scale_, var_, r_std_}) check_vector(vector, channels);
+  if (relu_shift) check_vector(*relu_shift, channels);
   check_flag(slot, at::kLong);
-  check_flag(plain, at::kBool);
-  const Tensor psi_ = at::empty_like(dyx), dweight_ = at::empty_like(dyx);
-  const Tensor mean = at::empty_like(dyx);
-  float *psi = psi_.data_ptr<float>(), *dweight = dweight_.data_ptr<float>();
-  for (int64_t c = 0; c < channels; ++c) {
-    const float sum = dyx.data_ptr<float>()[c];
-    psi[c] = sum * scale.data_ptr<float>()[c] / float(count);
-    dweight[c] = sum * r_std.data_ptr<float>()[c];
+  check_flag(plain_, at::kBool);
+  Window window(psi_window, channels, *slot.data_ptr<int64_t>());
+  const bool plain = *plain_.data_ptr<bool>();
+
+  const Tensor psi_ = at::empty_like(scale_), factor_ = at::empty_like(scale_);
+  Tensor dweight_ = at::empty_like(scale_), dbias_ = at::empty_like(scale_), dx;
+  const auto all = [](const Tensor& tensor) { return tensor.data_ptr<float>(); };
+  float *psi = all(psi_), *factor = all(factor_), *dweight = all(dweight_), *dbias = all(dbias_);
+  const float *scale = all(scale_), *var = all(var_), *r_std = all(r_std_),
+              *shift = relu_shift ? all(*relu_shift) : nullptr;
+  const float count = float(layout.images * layout.pixels);
+  const auto derive = [&](int64_t c, float product) {
+    psi[c] = product * scale[c] / count;
+    dweight[c] = product * r_std[c];
+  };
+  const auto choose = [&](int64_t c, bool accepted) {
+    factor[c] = -(plain ? psi[c] : window.mean(c, psi[c], accepted)) / var[c];
+  };
+
+  if (layout.channels_last) {
+    const OptionalTensor gate = relu_shift ? OptionalTensor(scale_) : std::nullopt;
+    const auto [products, totals] = product_sums(dy, x, false, gate, relu_shift);
+    dbias_ = totals;
+    for (int64_t c = 0; c < channels; ++c) derive(c, all(products)[c]);
+  } else {
+    if (needs_dx) dx = at::empty_like(x);
+    dispatch(x, relu_shift.has_value(), [&](auto element, auto gated) {
+      using T = decltype(element);
+      constexpr bool kRelu = decltype(gated)::value;
+      const T *g = data<T>(dy), *in = data<T>(x);
+      T* out = needs_dx ? data<T>(dx) : nullptr;
+      for_each_channel(layout, [&](int64_t c) {
+        const float bound = kRelu ? shift[c] : 0;
+        float product;
+        channel_sums<T, kRelu>(g, in, layout, c, scale[c], bound, &product, &dbias[c]);
+        derive(c, product);
+        choose(c, true);
+        for (int64_t n = needs_dx ? layout.images : 0; n-- > 0;) {
+          const int64_t offset = (n * channels + c) * layout.pixels;
+          combine_plane<T, kRelu>(g + offset, in + offset, scale[c], factor[c], 0, bound,
+                                  out + offset, layout.pixels);
+        }
+      });
+    });
   }
-  push(window.data_ptr<float>(), length, channels, *slot.data_ptr<int64_t>(), psi,
-       !all_finite(psi, channels), true, mean.data_ptr<float>());
-  const float* chosen = *plain.data_ptr<bool>() ? psi : mean.data_ptr<float>();
-  for (int64_t c = 0; c < channels; ++c) psi[c] = -chosen[c] / var.data_ptr<float>()[c];
-  return {psi_, dweight_};
+  const bool accepted = all_finite(psi, channels);
+  if (needs_dx && (layout.channels_last || !accepted)) {
+    for (int64_t c = 0; c < channels; ++c) choose(c, accepted);
+    dx = combine(dy, x, scale_, factor_, std::nullopt, relu_shift);
+  }
+  if (accepted) window.push(psi);
+  return {dx, dweight_, dbias_};
 }
 
 }  // namespace
@@ -337,27 +446,28 @@ TORCH_LIBRARY(mabn_d2_cpu, library) {
               "Tensor? relu_shift=None) -> Tensor");
   library.def("product_sums(Tensor dy, Tensor x, bool per_image=False, Tensor? relu_scale=None, "
               "Tensor? relu_shift=None) -> (Tensor, Tensor)");
-  library.def("advance(Tensor x2, Tensor(a!) window, Tensor(b!) running_var, Tensor(c!) iters, "
-              "Tensor(d!) rejected, float eps, float momentum, int warmup_iters, int clip_start, "
-              "float clip_limit, bool counts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("scales(Tensor var, Tensor r, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)");
-  library.def("backward_scales(Tensor dyx, Tensor scale, Tensor var, Tensor r_std, "
-              "Tensor(a!) window, Tensor slot, Tensor plain, int count) -> (Tensor, Tensor)");
+  library.def("normalize(Tensor x, Tensor weight, Tensor bias, Tensor(a!) window, "
+              "Tensor(b!) running_var, Tensor(c!) iters, Tensor(d!) rejected, float eps, "
+              "float momentum, int warmup_iters, int clip_start, float clip_limit, bool counts, "
+              "bool relu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+              "Tensor, Tensor)");
+  library.def("normalize_backward(Tensor dy, Tensor x, Tensor scale, Tensor? relu_shift, Tensor var, "
+              "Tensor r_std, Tensor(a!) window, Tensor slot, Tensor plain, bool needs_dx) "
+              "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(mabn_d2_cpu, CPU, library) {
   library.impl("affine", affine);
   library.impl("combine", combine);
   library.impl("product_sums", product_sums);
-  library.impl("advance", advance);
-  library.impl("scales", scales);
-  library.impl("backward_scales", backward_scales);
+  library.impl("normalize", normalize);
+  library.impl("normalize_backward", normalize_backward);
 }
 
 // Gradients are the caller's business. Without this each call would pass torch's slow default.
 TORCH_LIBRARY_IMPL(mabn_d2_cpu, Autograd, library) {
   for (const char* name :
-       {"affine", "combine", "product_sums", "advance", "scales", "backward_scales"}) {
+       {"affine", "combine", "product_sums", "normalize", "normalize_backward"}) {
     library.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
