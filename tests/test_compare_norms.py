@@ -3,9 +3,13 @@
 import csv
 import json
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+from mabn_d2.engine import Trainer
 
 from conftest import ROOT
 
@@ -17,8 +21,13 @@ SMALL = [
 ]
 
 
+def compare(output, *opts, rows=("MABN:2",), seeds=("0",)):
+    TOOL["main"](["--rows", *rows, "--seeds", *seeds, "--num-gpus", "0", "--output", str(output),
+                  "--set", *SMALL, *opts])
+
+
 def test_rows_differ_in_norm_and_images_only():
-    args = SimpleNamespace(config_file=TOOL["CONFIG"], opts=[], num_gpus=0)
+    args = SimpleNamespace(config_file=TOOL["CONFIG"], opts=[], num_gpus=0, output=Path("output/test"))
     two, large = (TOOL["make_config"](args, row, 1) for row in ("MABN:2", "BN:16"))
     for cfg, norm, images in ((two, "MABN", 2), (large, "BN", 16)):
         assert {cfg.MODEL[node].NORM for node in TOOL["NODES"]} == {norm} and cfg.SEED == 1
@@ -29,28 +38,62 @@ def test_rows_differ_in_norm_and_images_only():
 
 
 def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
-    output = tmp_path / "results"
-
-    def run(*opts):
-        TOOL["main"](["--rows", "MABN:2", "BN:4", "--seeds", "0", "1", "--num-gpus", "0", "--output",
-                      str(output), "--set", *SMALL, "OUTPUT_DIR", str(tmp_path / "runs"), *opts])
-
-    run()
-    with open(output / "runs.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["row"], r["seed"], r["iterations"]) for r in rows] == [
+    rows, seeds = ("MABN:2", "BN:4"), ("0", "1")
+    compare(tmp_path, rows=rows, seeds=seeds)
+    with open(tmp_path / "runs.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(r["row"], r["seed"], r["iterations"]) for r in lines] == [
         ("MABN:2", "0", "12"), ("BN:4", "0", "12"), ("MABN:2", "1", "12"), ("BN:4", "1", "12"),
     ]
     result = json.loads((tmp_path / "runs/BN_4/seed1/result.json").read_text())
-    assert float(rows[3]["segm AP"]) == result["segm AP"] >= 0 < float(rows[3]["s/iteration"])
-    table = (output / "table.md").read_text()
+    assert float(lines[3]["segm AP"]) == result["segm AP"] >= 0 < float(lines[3]["s/iteration"])
+    table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 4 and "±" in table
     for name in ("curves.png", "predictions.png"):
-        assert (output / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
     results = list((tmp_path / "runs").glob("*/*/result.json"))
     times = [path.stat().st_mtime_ns for path in results]
-    run()
+    compare(tmp_path, rows=rows, seeds=seeds)
     assert len(results) == 4 and times == [path.stat().st_mtime_ns for path in results]
-    with pytest.raises(SystemExit, match="is of another config: remove it"):
-        run("SOLVER.MOMENTUM", "0.8")
+
+
+class Killed(Trainer):
+    def after_step(self):
+        super().after_step()
+        if self.iter == 7:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_is_resumed_and_equals_the_straight_one(small_scenes, tmp_path, monkeypatch):
+    opts = ["SOLVER.CHECKPOINT_PERIOD", "5"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    compare(straight, *opts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(TOOL["train"].__globals__, "Trainer", Killed)
+        compare(resumed, *opts)
+    run = resumed / "runs/MABN_2/seed0"
+    assert (run / "last_checkpoint").read_text() == "model_0000004.pth"
+    for other in (["SOLVER.MOMENTUM", "0.8"], ["SOLVER.MAX_ITER", "10"], ["MODEL.FPN.OUT_CHANNELS", "16"]):
+        with pytest.raises(SystemExit, match="is of another config: remove|holds a run with other"):
+            compare(resumed, *opts, *other)
+    compare(resumed, *opts)
+    assert "Starting training from iteration 5" in (run / "log.txt").read_text()
+    one, two = (
+        torch.load(folder / "runs/MABN_2/seed0/model_final.pth", weights_only=False)["model"]
+        for folder in (straight, resumed)
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(SystemExit, match="is of another config"):  # of a finished one either
+        compare(resumed, *opts, "SOLVER.MOMENTUM", "0.8")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [("SyncBN:8", "use BN:8"), ("naiveSyncBN:8", "use BN:8"), ("MABN", "write NORM:IMAGES"),
+     ("MABM:2", "unknown norm 'MABM'")],
+)
+def test_rows_that_would_be_something_else(tmp_path, row, message):
+    with pytest.raises(SystemExit, match=message):
+        compare(tmp_path, rows=("MABN:2", row))
+    assert not list(tmp_path.glob("**/config.yaml"))

@@ -6,10 +6,11 @@
 
 A row is NORM:IMAGES, the images in one iteration. Iterations and learning rate are those of the config
 for all rows, so a row of more images sees more of them: it is the upper line. A run that is finished
-is not repeated; one that was cut short goes on from its last checkpoint.
+is not repeated; one that was cut short goes on from its last checkpoint; one of another config is
+refused.
 
 Writes to --output: runs.csv (a line a run), table.md (mean and standard deviation over the seeds),
-curves.png, predictions.png (the first seed's).
+curves.png, predictions.png (the first seed's); the runs themselves lie in runs/.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 from detectron2.engine import default_setup
 from tabulate import tabulate
 
 from mabn_d2.checkpoint.io import atomic_file
-from mabn_d2.engine import Trainer, setup_config
+from mabn_d2.engine import ConfigError, Trainer, setup_config
 from mabn_d2.visualization import draw_predictions, plt, read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs/digits/compare_mask_rcnn_R10_FPN.yaml"
@@ -35,34 +37,41 @@ METRICS = [(task, ap) for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP7
 
 def make_config(args, row, seed):
     """Return the config of one run: that of the file, with the row's norm and images."""
-    norm, images = row.split(":")
-    base = _load(args, args.opts)
+    norm, _, images = row.partition(":")
+    if not images.isdecimal():
+        raise ConfigError(f"--rows {row!r}: write NORM:IMAGES, such as MABN:2")
+    if "SyncBN" in norm:
+        raise ConfigError(
+            f"--rows {row!r}: {norm} is BN in the one process that trains here: use BN:{images}"
+        )
     settings = {
         "SOLVER.IMS_PER_BATCH": int(images),
         "SEED": seed,
-        "OUTPUT_DIR": f"{base.OUTPUT_DIR}/{norm}_{images}/seed{seed}",
+        "OUTPUT_DIR": str(args.output / "runs" / f"{norm}_{images}" / f"seed{seed}"),
         **{f"MODEL.{node}.NORM": norm for node in NODES},
     }
-    return _load(args, [*args.opts, *(part for item in settings.items() for part in item)])
-
-
-def _load(args, opts):
     return setup_config(SimpleNamespace(
-        config_file=str(args.config_file), opts=opts, num_gpus=args.num_gpus, num_machines=1,
-        resume=True, eval_only=False,
+        config_file=str(args.config_file),
+        opts=[*args.opts, *(part for item in settings.items() for part in item)],
+        num_gpus=args.num_gpus, num_machines=1, resume=True, eval_only=False,
     ))
+
+
+def check_same_config(cfg):
+    """Raise ConfigError if OUTPUT_DIR holds a run, finished or not, of another config."""
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if path.exists():
+        # Where the folder lies does not matter.
+        old, new = (yaml.safe_load(text) | {"OUTPUT_DIR": ""} for text in (path.read_text(), cfg.dump()))
+        if old != new:
+            raise ConfigError(f"{path} is of another config: remove its folder, or name another --output")
 
 
 def train(cfg, args):
     """Train a run to its end, or read what it ended with; return its result."""
     path = Path(cfg.OUTPUT_DIR) / "result.json"
-    conditions = cfg.dump()
     if path.exists():
-        result = json.loads(path.read_text())
-        if result["config"] != conditions:
-            sys.exit(f"compare_norms.py: {path} is of another config: remove it, or name another "
-                     "OUTPUT_DIR")
-        return result
+        return json.loads(path.read_text())
     default_setup(cfg, SimpleNamespace(config_file=str(args.config_file), opts=args.opts))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
@@ -75,8 +84,8 @@ def train(cfg, args):
         "iterations": cfg.SOLVER.MAX_ITER,
         "device": cfg.MODEL.DEVICE,
         "torch": torch.__version__,
-        "config": conditions,
     }
+    draw_predictions(cfg, trainer.model, path.with_name("predictions.png"))
     with atomic_file(path) as file:
         file.write(json.dumps(result, indent=1).encode())
     return result
@@ -128,12 +137,7 @@ def draw_page(configs, path):
     size = (8, 3.4 * len(configs))
     figure, axes = plt.subplots(len(configs), figsize=size, squeeze=False, layout="constrained")
     for axis, (row, cfg) in zip(axes.flat, configs.items(), strict=True):
-        picture = Path(cfg.OUTPUT_DIR) / "predictions.png"
-        if not picture.exists():
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=True)
-            draw_predictions(cfg, trainer.model, picture)
-        axis.imshow(plt.imread(picture))
+        axis.imshow(plt.imread(Path(cfg.OUTPUT_DIR) / "predictions.png"))
         axis.set_title(row)
         axis.set_axis_off()
     figure.savefig(path, dpi=60)
@@ -152,12 +156,18 @@ def main(arguments=None):
     parser.add_argument("--set", dest="opts", nargs="+", default=[], metavar="KEY VALUE")
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
-    results, configs = {}, {}
-    for seed in args.seeds:  # all rows of a seed before the next: an early look is a fair one
-        for row in args.rows:
-            configs[row, seed] = make_config(args, row, seed)
-            results[row, seed] = train(configs[row, seed], args)
-            write_table(results, args.output)
+    # All rows of a seed before the next: an early look is a fair one.
+    runs = [(row, seed) for seed in args.seeds for row in args.rows]
+    try:
+        configs = {run: make_config(args, *run) for run in runs}
+        for cfg in configs.values():
+            check_same_config(cfg)
+    except ConfigError as error:
+        sys.exit(f"compare_norms.py: {error}")
+    results = {}
+    for run, cfg in configs.items():
+        results[run] = train(cfg, args)
+        write_table(results, args.output)
     folders = {row: [configs[row, seed].OUTPUT_DIR for seed in args.seeds] for row in args.rows}
     plot_curves(folders, args.output / "curves.png")
     first = {row: configs[row, args.seeds[0]] for row in args.rows}
