@@ -7,7 +7,7 @@ import sys
 import detectron2.layers
 import pytest
 import torch
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from detectron2.layers.aspp import ASPP
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import BasicStem
@@ -16,7 +16,8 @@ from torch import nn
 
 import mabn_d2  # noqa: F401 (registers)
 from mabn_d2.layers import BatchRenorm2d, CenConv2d, MABN2d
-from mabn_d2.modeling.norm import CenNormConv2d, build_model as extended_build_model
+from mabn_d2.modeling.norm import CenNormConv2d, detectron2_get_norm
+from mabn_d2.modeling.norm import build_model as extended_build_model
 
 from conftest import ROOT
 
@@ -34,8 +35,18 @@ def test_every_module_holds_the_extended_function():
     assert build_model is extended_build_model
 
 
-def test_other_norms_are_detectron2s():
-    assert type(get_norm("BN", 4)) is nn.BatchNorm2d
+@pytest.mark.parametrize(
+    "name, kind",
+    [("BN", nn.BatchNorm2d), ("SyncBN", nn.SyncBatchNorm), ("nnSyncBN", nn.SyncBatchNorm),
+     ("naiveSyncBN", NaiveSyncBatchNorm), ("GN", nn.GroupNorm), ("FrozenBN", FrozenBatchNorm2d)],
+)
+def test_other_norms_are_detectron2s(name, kind):
+    stem = BasicStem(3, 32, norm=name)
+    assert type(stem.conv1.norm) is type(detectron2_get_norm(name, 32)) is kind
+    assert type(stem.conv1) is Conv2d  # not centred
+
+
+def test_no_norm_and_unknown_ones():
     assert get_norm("", 4) is None and get_norm(None, 4) is None
     assert isinstance(get_norm(nn.InstanceNorm2d, 4), nn.InstanceNorm2d)
     with pytest.raises(ValueError, match="'MABM'"):

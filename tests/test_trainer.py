@@ -83,6 +83,8 @@ def test_evaluators(digits_cfg):
     [
         ("SOLVER.IMS_PER_BATCH", 3, "SOLVER.IMS_PER_BATCH is 3"),
         ("MODEL.FPN.NORM", "MABM", "MODEL.FPN.NORM: unknown norm 'MABM'"),
+        ("MODEL.FPN.NORM", "SyncBN", "MODEL.FPN.NORM is 'SyncBN', which needs GPUs"),
+        ("MODEL.ROI_BOX_HEAD.NORM", "nnSyncBN", 'use "naiveSyncBN"'),
         ("MODEL.MABN.BATCH_SIZE", 3, "BATCH_SIZE (3) does not divide"),
         ("DATASETS.TRAIN", ("coco_2107_train",), "names 'coco_2107_train'"),
         ("MODEL.WEIGHTS", "no/such.pth", "MODEL.WEIGHTS is 'no/such.pth'"),
@@ -159,3 +161,14 @@ def test_two_processes_train_resume_and_evaluate(tmp_path):
     third = run(*base, "--resume", "--eval-only", *small)
     assert third.returncode == 0, third.stderr[-3000:]
     assert "copypaste: Task: segm" in third.stdout
+
+
+def test_the_synchronized_norm_that_the_cpu_takes(tmp_path):
+    """What the refusal of SyncBN recommends."""
+    norms = [item for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+             for item in (f"MODEL.{node}.NORM", "naiveSyncBN")]
+    done = run("--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()",
+               "SOLVER.MAX_ITER", 2, *norms)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
+    assert state["backbone.bottom_up.stem.conv1.norm.running_mean"].any()

@@ -22,6 +22,9 @@ MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
 
+# torch's own, which takes no tensors on the CPU from several processes.
+GPU_ONLY = ("SyncBN", "nnSyncBN")
+
 
 class ConfigError(ValueError):
     """One line that names the key, its value and what to do."""
@@ -101,6 +104,11 @@ def check_config(cfg, workers=1, resume=False, train=True):
             get_norm(node.NORM, 32)
         except ValueError as error:
             raise ConfigError(f"{key}.NORM: {error}") from error
+        if node.NORM in GPU_ONLY and train and workers > 1 and cfg.MODEL.DEVICE == "cpu":
+            raise ConfigError(
+                f"{key}.NORM is {node.NORM!r}, which needs GPUs where several processes train: use "
+                '"naiveSyncBN", which runs on the CPU too'
+            )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
