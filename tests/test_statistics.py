@@ -1,15 +1,17 @@
 """The statistics hook: what it writes equals an independent computation, and nothing when off."""
 
 import json
+import math
 import runpy
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mabn_d2.engine import Trainer
-from mabn_d2.engine.statistics import LogStatistics
+from mabn_d2.engine.statistics import LogStatistics, forward_order
 from mabn_d2.layers import CenConv2d, MABN2d
 
 from conftest import ROOT
@@ -17,21 +19,27 @@ from conftest import ROOT
 COMMON = {"window": 2, "momentum": 0.75}
 
 
-def run(norm, iterations=5):
-    """Train one norm layer under the hook; return the storage and every (x, dy)."""
+def run(norm, iterations=5, bad=None, scaler=None):
+    """Train one norm layer under the hook; return the storage, every (x, dy), the state after each.
+
+    Iteration `bad` has a NaN.
+    """
     net = nn.Sequential(CenConv2d(3, 4, 3), norm)
     nn.init.uniform_(norm.weight, 0.5, 2)
-    hook = LogStatistics(net, 1, **COMMON)
+    hook = LogStatistics(net, 1, **COMMON, grad_scaler=scaler)
     seen = []
     norm.register_forward_hook(lambda m, a, y: seen.append([a[0].detach()]))
     with EventStorage() as storage:
         hook.trainer = type("Trainer", (), {"iter": 0})()
         hook.before_train()
         for hook.trainer.iter in range(iterations):
-            y = net(torch.randn(2, 3, 8, 8))
+            x = torch.randn(2, 3, 8, 8)
+            if hook.trainer.iter == bad:
+                x[0, 0, 0, 0] = math.nan
+            y = net(x)
             dy = torch.randn_like(y)
-            y.backward(dy)
-            seen[-1].append(dy)
+            y.backward(scaler.scale(dy) if scaler else dy)
+            seen[-1] += [dy, {key: value.clone() for key, value in norm.state_dict().items()}]
             hook.after_step()
             storage.step()
         hook.after_train()
@@ -60,46 +68,160 @@ def check(storage, name, values):
                                                                     abs=1e-5), (name, kind)
 
 
-def test_batch_norm():
-    storage, seen, norm = run(nn.BatchNorm2d(4))
-    mean = [x.mean((0, 2, 3)) for x, _ in seen]
-    var = [x.var((0, 2, 3), correction=0) for x, _ in seen]
-    z = [(x - m.view(-1, 1, 1)) / (v + 1e-5).sqrt().view(-1, 1, 1)
-         for (x, _), m, v in zip(seen, mean, var)]
-    g = [dy * norm.weight.detach().view(-1, 1, 1) for _, dy in seen]
-    check(storage, "mean", mean)
-    check(storage, "var", var)
-    check(storage, "g", [t.mean((0, 2, 3)) for t in g])
-    check(storage, "psi", [(a * b).mean((0, 2, 3)) for a, b in zip(g, z)])
+def independent(seen, norm):
+    """The statistics of each (x, dy, ...) of a BatchNorm, computed again."""
+    weight = norm.weight.detach().view(-1, 1, 1)
+    for x, dy, _ in seen:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        z = (x - mean.view(-1, 1, 1)) / (var + 1e-5).sqrt().view(-1, 1, 1)
+        yield {"mean": mean, "var": var, "g": (dy * weight).mean((0, 2, 3)),
+               "psi": (dy * weight * z).mean((0, 2, 3))}
 
 
-def test_mabn():
-    norm = MABN2d(4, simulated_batch_size=4, momentum=0.75, warmup_iters=1, clip_start=3,
+@pytest.mark.parametrize("scaled", [False, True])
+def test_batch_norm(scaled):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    storage, seen, norm = run(nn.BatchNorm2d(4), scaler=scaler)
+    values = list(independent(seen, norm))
+    for name in ("mean", "var", "g", "psi"):
+        check(storage, name, [v[name] for v in values])
+
+
+def test_a_bad_batch_enters_no_average():
+    storage, seen, norm = run(nn.BatchNorm2d(4), iterations=6, bad=2)
+    values = [v for k, v in enumerate(independent(seen, norm)) if k != 2]
+    for name in ("mean", "psi"):
+        batch = history(storage, f"{name}/batch")
+        assert [math.isnan(v) for v in batch] == [k == 2 for k in range(6)]
+        window, ema = averages([v[name] for v in values])
+        for kind, wanted in (("window", window), ("ema", ema)):
+            found = history(storage, f"{name}/{kind}")[3:]
+            assert found == pytest.approx([w.item() for w in wanted[2:]], abs=1e-6), (name, kind)
+    storage, _, norm = run(mabn(), iterations=6, bad=0)
+    for key in ("x2/window", "x2/ema", "psi/window", "psi/ema"):
+        assert all(map(math.isfinite, history(storage, key))), key
+
+
+def mabn():
+    return MABN2d(4, simulated_batch_size=4, momentum=0.75, warmup_iters=1, clip_start=3,
                   clip_limit=1.2)
-    storage, seen, _ = run(norm, iterations=6)
-    check(storage, "x2", [x.square().mean((0, 2, 3)) for x, _ in seen])
-    # The layer's own windows are those of the hook: 2 iterations, filled.
-    assert history(storage, "x2/window")[-1] == pytest.approx(norm.buffer_x2.mean().item())
-    assert history(storage, "psi/window")[-1] == pytest.approx(norm.buffer_gz.mean().item())
-    assert history(storage, "r/batch")[:3] == [1, 1, 1] != history(storage, "r/batch")[3:]
-    shares = history(storage, "r_clipped/batch")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_mabn(scaled):
+    scale = 1024.0 if scaled else 1.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scaled else None
+    storage, seen, norm = run(mabn(), iterations=6, scaler=scaler)
+    states = [state for _, _, state in seen]
+
+    def check_all(name, wanted):
+        assert history(storage, name) == pytest.approx([w.item() for w in wanted], rel=1e-4), name
+
+    x2 = [x.square().mean((0, 2, 3)) for x, _, _ in seen]
+    check_all("x2/batch", [v.mean() for v in x2])
+    # The first iteration has written one row of two.
+    rows = [1, 2, 2, 2, 2, 2]
+    check_all("x2/window", [2 * s["buffer_x2"].mean() / n for s, n in zip(states, rows)])
+    check_all("x2/ema", [s["running_var"].mean() for s in states])
+    psi = [2 * s["buffer_gz"].mean() / n / scale for s, n in zip(states, rows)]
+    check_all("psi/window", psi)
+    assert history(storage, "psi/batch")[0] == pytest.approx(psi[0].item(), rel=1e-4)
+    raw = [((v + 1e-5) / (s["running_var"] + 1e-5)).sqrt() for v, s in zip(x2, states)]
+    check_all("r/batch", [r.mean() for r in raw])
+    assert history(storage, "r/window")[:3] == [1, 1, 1] != history(storage, "r/window")[3:]
+    assert history(storage, "r/window")[-1] == pytest.approx(norm.last.r.mean().item())
+    shares = history(storage, "r_clipped/window")
     assert shares[:3] == [0, 0, 0] and shares[3] > 0 and all(4 * s == int(4 * s) for s in shares)
 
 
-def test_training_writes_and_the_tool_draws(digits_cfg, tmp_path, capsys):
+class Synchronizations(TorchDispatchMode):
+    """Counts what waits for the device: `item`, `bool` and, which is patched, `tolist`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+    def tolist(self, tensor):
+        self.count += 1
+        return [0.0] * len(tensor)
+
+
+@pytest.mark.parametrize("norm", [mabn(), nn.BatchNorm2d(4)], ids=["MABN", "BN"])
+def test_waits_for_the_device_only_when_it_writes(norm, monkeypatch):
+    net = nn.Sequential(CenConv2d(3, 4, 3), norm)
+    scaler = torch.amp.GradScaler("cpu")
+    hook = LogStatistics(net, 3, **COMMON, grad_scaler=scaler)
+    hook.trainer = type("Trainer", (), {"iter": 0})()
+    hook.before_train()
+    counts = []
+    with EventStorage():
+        for hook.trainer.iter in range(3):
+            with Synchronizations() as mode:
+                monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: mode.tolist(tensor))
+                scaler.scale(net(torch.randn(2, 3, 8, 8)).sum()).backward()
+                hook.after_step()
+            counts.append(mode.count)
+    assert counts == [0, 0, 1]
+
+
+def test_default_layers_follow_the_forward(digits_cfg):
+    hook = LogStatistics(Trainer.build_model(digits_cfg), 1)
+    assert list(hook.layers) == [
+        "backbone.bottom_up.stem.conv1.norm",
+        "backbone.fpn_lateral2.norm",  # 12 norms of 24 are in front of it
+        "roi_heads.mask_head.mask_fcn2.norm",
+    ]
+    names = ["roi_heads.box_head.conv1.norm", "backbone.fpn_lateral2.norm",
+             "backbone.bottom_up.res2.0.conv1.norm", "backbone.bottom_up.stem.conv1.norm"]
+    assert sorted(sorted(names), key=forward_order) == [names[3], names[2], names[1], names[0]]
+
+
+def watched(run):
+    """The layers of the last record of a run's metrics.json, {layer: {statistic/kind}}."""
+    layers = {}
+    for key in json.loads((run / "metrics.json").read_text().splitlines()[-1]):
+        if key.startswith("statistics/"):
+            _, layer, rest = key.split("/", 2)
+            layers.setdefault(layer, set()).add(rest)
+    return layers
+
+
+def test_training_writes_and_the_tool_draws(digits_cfg, tmp_path, capsys, monkeypatch):
     digits_cfg.DATASETS.TEST = ()
     digits_cfg.SOLVER.MAX_ITER = 2
     trainer = Trainer(digits_cfg)
     assert not any(isinstance(hook, LogStatistics) for hook in trainer._hooks)
     digits_cfg.MODEL.MABN.LOG_PERIOD = 1
     Trainer(digits_cfg).train()
-    lines = (tmp_path / "output/metrics.json").read_text().splitlines()
-    names = {key.split("/")[1] for key in json.loads(lines[-1]) if key.startswith("statistics/")}
-    assert len(names) == 3 and any("fpn" in n or "res" in n for n in names)
+    assert len(watched(tmp_path / "output")) == 3
+    assert {"x2/ema", "psi/window", "r/batch"} <= watched(tmp_path / "output")[
+        "backbone.bottom_up.stem.conv1.norm"]
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "BN"
+    digits_cfg.MODEL.MABN.LOG_LAYERS = ("backbone.fpn_lateral2.norm", "roi_heads.box_head.conv1.norm")
+    bn = digits_cfg.clone()
+    bn.OUTPUT_DIR = str(tmp_path / "bn")
+    Trainer(bn).train()
+    assert watched(tmp_path / "bn").keys() == set(bn.MODEL.MABN.LOG_LAYERS)
+
     tool = runpy.run_path(str(ROOT / "tools/plot_statistics.py"))
+    drawn = {}
+    plot = tool["plot"]
+    monkeypatch.setitem(tool["main"].__globals__, "plot", lambda columns, output: (
+        drawn.update(columns), plot(columns, output)))
     picture = tmp_path / "statistics.png"
-    tool["main"]([digits_cfg.OUTPUT_DIR, "--output", str(picture)])
+    tool["main"]([digits_cfg.OUTPUT_DIR, str(tmp_path / "bn"), "--output", str(picture),
+                  "--layer", "backbone.fpn_lateral2.norm"])
+    assert list(drawn) == ["output\nbackbone.fpn_lateral2.norm", "bn\nbackbone.fpn_lateral2.norm"]
+    assert [list(c) for c in drawn.values()] == [["psi", "r", "r_clipped", "x2"],
+                                                 ["g", "mean", "psi", "var"]]
+    assert all(set(column["psi"]) == {"batch", "window", "ema"} for column in drawn.values())
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    drawn.clear()
+    tool["main"]([digits_cfg.OUTPUT_DIR, "--output", str(picture)])
+    assert list(drawn) == ["output\nbackbone.fpn_lateral2.norm"]  # the middle one
     with pytest.raises(SystemExit, match="no statistics of stem: use one of"):
         tool["main"]([digits_cfg.OUTPUT_DIR, "--layer", "stem"])
     digits_cfg.MODEL.MABN.LOG_LAYERS = ("stem",)

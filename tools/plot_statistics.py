@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws batch statistics against their windows (SMAS) and EMA (EMAS), one column a run.
 
-    tools/plot_statistics.py output/bn output/mabn --layer backbone.bottom_up.res4.0.conv1.norm
+    tools/plot_statistics.py output/bn output/mabn --output statistics.png
 
 The runs are output folders of trainings with MODEL.MABN.LOG_PERIOD set. The paper argues (section 3)
 that at small batches the statistics of the backward, g and psi, are as noisy as those of the forward,
@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mabn_d2.engine.statistics import forward_order
 from mabn_d2.visualization import read_metrics
 
 STYLES = {
@@ -69,7 +70,7 @@ def main(arguments=None):
             layers = read_statistics(run)
         except OSError as error:
             sys.exit(f"plot_statistics.py: {run} is no output folder of a training: {error}")
-        names = list(layers)
+        names = sorted(sorted(layers), key=forward_order)
         layer = args.layer or (names[len(names) // 2] if names else None)
         if layer not in layers:
             sys.exit(
