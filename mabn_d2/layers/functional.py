@@ -112,7 +112,7 @@ def _backward_scales(dyx, scale, var, r_std, psi_window, slot, plain, count):
         scale, var, r_std: of the forward, var with eps.
         psi_window, slot, plain: see `mabn_train`.
     """
-    psi = (dyx * scale).div_(count)  # mean(g * z) * sqrt(var), g = dy * weight * r
+    psi = (dyx * scale).div_(count)  # mean(g * z), g = dy * weight * r
     window_mean = push(psi_window, slot, psi, is_finite(psi))
     psi = torch.where(plain, psi, window_mean.to(psi.dtype))
     return psi.div_(var).neg_(), dyx * r_std
@@ -183,16 +183,18 @@ class _FusedMABN(torch.autograd.Function):
     """`advance` and `_MABN` by operators that do all of a layer in one call each way."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, psi_window, operators, relu, state, settings, counts):
+    def forward(
+        ctx, x, weight, bias, psi_window, operators, relu, state, settings, counts, batch_size
+    ):
         ctx.dtypes = weight.dtype, bias.dtype
         weight, bias = weight.float(), bias.float()
         y, *statistics, var, r_std, scale = operators.normalize(
-            x, weight, bias, *state, *settings, counts, relu
+            x, weight, bias, *state, *settings, counts, relu, batch_size
         )
         slot, plain = statistics[3:5]
         ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, plain)
         # Written to in the backward, which the checks of save_for_backward forbid.
-        ctx.psi_window, ctx.operators = psi_window, operators
+        ctx.psi_window, ctx.operators, ctx.batch_size = psi_window, operators, batch_size
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         return y, *statistics
@@ -212,20 +214,26 @@ class _FusedMABN(torch.autograd.Function):
             slot,
             plain,
             ctx.needs_input_grad[0],
+            ctx.batch_size,
         )
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 6
+        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
 
 
-def mabn_fused(x, weight, bias, psi_window, operators, relu, state, settings, counts):
+def mabn_fused(
+    x, weight, bias, psi_window, operators, relu, state, settings, counts, batch_size=0
+):
     """Return y and the Statistics (see mabn.py) of an input: `advance`, then `mabn_train`.
 
     Args:
         operators: a module with `normalize` and `normalize_backward`, see native.py.
         state: buffer_x2, running_var, iters, rejected, of which all move if `counts`.
         settings: eps, momentum, warmup_iters, clip_start, clip_limit of MABN2d.
+        batch_size: of the split form (see split.py), else 0.
     """
-    return _FusedMABN.apply(x, weight, bias, psi_window, operators, relu, state, settings, counts)
+    return _FusedMABN.apply(
+        x, weight, bias, psi_window, operators, relu, state, settings, counts, batch_size
+    )
 
 
 def mabn_eval(x, weight, bias, running_var, eps):

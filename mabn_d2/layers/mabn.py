@@ -210,7 +210,7 @@ class MABN2d(nn.Module):
         x = kernels.dense(x)
         counts = torch.is_grad_enabled()
         repeats = not torch.compiler.is_compiling() and _in_backward() and self._records
-        if not (self.split_batch or repeats) and native.takes(x, self.buffer_x2):
+        if not repeats and native.takes(x, self.buffer_x2):
             return self._fused(x, counts)
         with torch.no_grad():
             if self.split_batch:
@@ -258,6 +258,7 @@ class MABN2d(nn.Module):
             (self.buffer_x2, self.running_var, self.iters, self.rejected),
             (self.eps, self.momentum, self.warmup_iters, self.clip_start, self.clip_limit),
             counts,
+            self.batch_size if self.split_batch else 0,
         )
         self._remember(Statistics(*statistics))
         return y

@@ -119,10 +119,14 @@ MABN_CLONES void sums_plane(const T* dy, const T* x, float scale, float shift, f
       p[k] += g * value;
       t[k] += g;
     }
-    for (int64_t k = 0; k < kLanes; ++k) {
-      products += p[k];
-      totals += t[k];
+    for (int64_t width = kLanes / 2; width; width /= 2) {  // by halves, which are vectors
+      for (int64_t k = 0; k < width; ++k) {
+        p[k] += p[k + width];
+        t[k] += t[k + width];
+      }
     }
+    products += p[0];
+    totals += t[0];
   }
   *product = float(products);
   *total = float(totals);
