@@ -1,13 +1,22 @@
 import copy
 import json
+import os
+import resource
+import subprocess
+import sys
 
 import pycocotools.mask as mask_util
 import numpy as np
 import pytest
-from hypothesis import given
+from detectron2.data import detection_utils
+from detectron2.data.datasets import load_coco_json
+from detectron2.data.transforms import HFlipTransform, TransformList
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mabn_d2.data.coco_check import BadAnnotationError, _decoded_length, check_coco
+from mabn_d2.data.coco_check import BadAnnotationError, _decoded_length, check_coco, clean_coco
+
+from conftest import ROOT
 
 GOOD = {
     "images": [{"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}],
@@ -43,7 +52,9 @@ def edit(path, value):
     node = content
     for key in keys:
         node = node[key]
-    if value is KeyError:
+    if isinstance(node, list) and last >= len(node):
+        node.append(value)
+    elif value is KeyError:
         del node[last]
     else:
         node[last] = value
@@ -60,17 +71,29 @@ FATAL = [
     ({**GOOD, "annotations": GOOD["annotations"] * 2}, "annotations with the same id [7]"),
     ({**GOOD, "images": GOOD["images"] * 2}, "images with the same id [1]"),
 ]
+CRASHED = {  # pycocotools or Detectron2, each by an annotation of its own
+    "bbox": ["abcd", None, [1, 2, 10], [1, 2, "a", 3], [1, 2, float("nan"), 10], [1, 2, 10**400, 5]],
+    "segmentation": [
+        [[1, 2, 1e30, 2, 11, 12]], [[1, 2, float("nan"), 2, 11, 12]], [[1, 2, -9e9, 2, 11, 12]],
+        [[1, 2, 10**400, 2, 11, 12]], ["abcdef"], "abcdef", [[1, None, 11, 2, 11, 12]], 7,
+        {"size": [20, 30], "counts": [2**40]}, {"size": [20, 30]}, {"size": [20, 30], "counts": 5},
+    ],
+    "iscrowd": ["a", 2], "ignore": [1], "keypoints": [["a", 1, 2], 5],
+}  # fmt: skip
 SINGLE = [
     (edit(["images", 0, "file_name"], "2.jpg"), "image 1: no file"),
     (edit(["images", 0, "width"], 0), "image 1 has height 20, width 0"),
     (edit(["annotations", 0, "image_id"], 5), "annotation 7 belongs to image 5"),
     (edit(["annotations", 0, "bbox"], [40, 2, 10, 10]), "outside of the image"),
-    (edit(["annotations", 0, "bbox"], [1, 2, float("nan"), 10]), "not four numbers"),
+    (edit(["annotations", 0, "segmentation"], [[1, 2, 61, 2, 11, 12]]), "far outside"),
     (edit(["annotations", 0, "segmentation"], []), "no polygon"),
     (edit(["annotations", 0, "segmentation"], [[1, 2, 3, 4]]), "not three points"),
     (edit(["annotations", 0, "segmentation"], {"size": [30, 20], "counts": "0"}), "not the image's"),
     (edit(["annotations", 0, "segmentation"], {"size": [20, 30], "counts": [3, 4]}), "add up"),
     (edit(["annotations", 0, "segmentation"], {"size": [20, 30], "counts": "zzzz"}), "add up"),
+    (edit(["images", 0, "file_name"], 5), "image 1: no file"),
+    *((edit(["annotations", 0, key], value), "annotation 7 (image 1) has")
+      for key, values in CRASHED.items() for value in values),
 ]
 
 
@@ -78,14 +101,25 @@ SINGLE = [
 def test_problems_are_named(tmp_path, content, message):
     with pytest.raises(BadAnnotationError) as error:
         check(tmp_path, content)
-    assert message in str(error.value) and "instances.json" in str(error.value)
+    assert message in str(error.value) and f"{tmp_path}/instances.json" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_to_do_is_said(tmp_path):
+    for kwargs, remedy in (({}, 'BAD_INPUT to "skip"'), ({"remedy": "or else"}, "file, or else")):
+        with pytest.raises(BadAnnotationError, match=f"Correct the .*{remedy}"):
+            check(tmp_path, SINGLE[0][0], **kwargs)
 
 
 @pytest.mark.parametrize("content, message", SINGLE)
 def test_single_problems_can_be_skipped(tmp_path, content, message):
     (problem,) = check(tmp_path, content, skip=True)
-    assert message in problem
+    assert message in str(problem)
+    content["images"].append({**content["images"][0], "id": 99, "file_name": "1.jpg", "width": 30})
+    problems = check(tmp_path, content, skip=True)
+    clean_coco(tmp_path / "instances.json", problems, tmp_path / "clean.json")
+    for record in load_coco_json(str(tmp_path / "clean.json"), str(tmp_path)):
+        assert not record["annotations"]
 
 
 @pytest.mark.parametrize("content, message", FATAL)
@@ -101,6 +135,80 @@ def test_compressed_counts_as_pycocotools_writes_them(height, width, seed):
     assert _decoded_length(counts) == height * width
 
 
+TRAINS = """
+import sys
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from mabn_d2.engine import Trainer, check_data, setup_config
+from detectron2.engine import default_argument_parser
+
+file, images, *options = sys.argv[1:]
+register_coco_instances("faulty", {}, file, images)
+cfg = setup_config(default_argument_parser().parse_args(["--num-gpus", "0", *options]))
+check_data(cfg)
+trainer = Trainer(cfg)
+assert len(trainer.data_loader.dataset) == 3
+trainer.train()
+print("kept", [len(r["annotations"]) for r in trainer.data_loader.dataset.records])
+"""
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_training_on_a_file_with_every_fault(tmp_path, small_scenes, policy):
+    from detectron2.data import DatasetCatalog
+
+    DatasetCatalog.get("small_scenes_train")
+    content = json.loads((small_scenes / "annotations" / "instances_train.json").read_text())
+    content["images"] = content["images"][:4]
+    content["images"][3]["file_name"] = "missing.jpg"
+    good = [a for a in content["annotations"] if a["image_id"] <= 4]
+    good[0]["segmentation"] = [[5, 5, 60, 60, 60, 5, 5, 60]]  # crosses itself: drawn as it is
+    size = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 40, 40], "iscrowd": 0}
+    content["annotations"] = good + [
+        {"id": 1000 + 20 * i + k, **size, "segmentation": [[1, 2, 40, 2, 40, 40]], key: value}
+        for i, (key, values) in enumerate(CRASHED.items()) for k, value in enumerate(values)
+    ]
+    file = tmp_path / "faulty.json"
+    file.write_text(json.dumps(content))
+    options = ["--config-file", "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml",
+               "DATASETS.TRAIN", "('faulty',)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "2",
+               "DATALOADER.BAD_INPUT", policy, "OUTPUT_DIR", str(tmp_path / "output")]
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINS, str(file), str(small_scenes / "train"), *options], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    if policy == "stop":
+        assert done.returncode == 1
+        assert f"{file}: image 4: no file" in done.stderr and "annotation 1000" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [sum(a["image_id"] == k for a in good) for k in (1, 2, 3)]
+    assert f"kept {counts}" in done.stdout
+
+
+def consume(file, folder):
+    """Read a file as the training does, in a process that may crash; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            for record in load_coco_json(file, folder, "fuzzed"):
+                size = record["height"], record["width"]
+                flip = TransformList([HFlipTransform(size[1])])
+                try:  # what is raised here, not what crashes, is the mapper's to name
+                    detection_utils.annotations_to_instances([
+                        detection_utils.transform_instance_annotations(annotation, flip, size)
+                        for annotation in record["annotations"]
+                    ], size, "bitmask")
+                except Exception:
+                    pass
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 99) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=4)
@@ -109,15 +217,36 @@ JSON = st.recursive(
 )
 
 
+PATHS = [
+    *((key,) for key in GOOD), *((key, 0) for key in GOOD),
+    *((key, 0, field) for key in GOOD for field in GOOD[key][0]),
+    *(("annotations", 0, field) for field in ("ignore", "keypoints")),
+    *(("annotations", 0, "bbox", k) for k in range(5)),
+    *(("annotations", 0, "segmentation", k) for k in range(2)),
+    *(("annotations", 0, "segmentation", 0, k) for k in range(7)),
+]  # fmt: skip
+
+
 @pytest.mark.fuzz
-@given(
-    st.sampled_from([(key, 0, field) for key in GOOD for field in GOOD[key][0]]
-                    + [(key, 0) for key in GOOD] + [(key,) for key in GOOD]),
-    JSON,
-)
+@given(st.sampled_from(PATHS), JSON | st.integers() | st.floats(-1e3, 1e3))
+@example(("annotations", 0, "bbox"), "abcd")
+@example(("annotations", 0, "bbox"), None)
+@example(("annotations", 0, "bbox", 2), 10**400)
+@example(("annotations", 0, "segmentation"), "abcdef")
+@example(("annotations", 0, "segmentation", 0, 2), 1e30)
+@example(("annotations", 0, "segmentation", 0, 2), float("nan"))
+@example(("annotations", 0, "segmentation"), {"size": [20, 30], "counts": [2**40]})
+@example(("annotations", 0, "keypoints"), 5)
+@example(("categories", 0, "name"), 5)
+@example(("images", 0, "file_name"), 5)
 def test_any_value_anywhere(tmp_path_factory, path, value):
-    """Every replacement of a value is accepted or named: no other exception."""
+    """Every value in every place is named or left out; what is accepted is read without a crash."""
+    folder = tmp_path_factory.mktemp("any")
+    file = str(folder / "instances.json")
     try:
-        check(tmp_path_factory.mktemp("any"), edit(path, value))
+        problems = check(folder, edit(path, value), skip=True)
+        clean_coco(file, problems, file)
     except BadAnnotationError as error:
         assert "instances.json" in str(error)
+    else:
+        assert consume(file, str(folder)) == 0

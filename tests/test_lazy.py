@@ -8,14 +8,16 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
-from mabn_d2.layers import MABN2d
+from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 
 from conftest import ROOT
 from inputs import training_inputs
 from test_all_configs import load
 
+LAUNCHER = runpy.run_path(str(ROOT / "tools/lazyconfig_train_net.py"))
 NAMES = ["mask_rcnn_R50_FPN_mabn_2x", "scratch_mask_rcnn_R50_FPN_mabn_2x"]
 
 
@@ -38,6 +40,16 @@ def test_twins_have_equal_keys_and_outputs(name):
     assert len(found[0]) > 5
     for a, b in zip(*(f.get_fields().values() for f in found), strict=True):
         assert torch.equal(*(getattr(t, "tensor", t) for t in (a, b)))
+
+    lazy.train.device = "cpu"
+    fused = LAUNCHER["build_model"](lazy)
+    fused.load_state_dict(one.state_dict())
+    losses = []
+    for model in (one, fused):
+        torch.manual_seed(1)  # of the samples of anchors and RoIs
+        with EventStorage():
+            losses.append({k: v.item() for k, v in model.train()(inputs).items()})
+    assert losses[0] == losses[1]
 
     lazy.optimizer.params.model = two
     groups = [
@@ -79,20 +91,49 @@ train.mabn.clip_start = 100
 
 
 def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
-    tool = runpy.run_path(str(ROOT / "tools/lazyconfig_train_net.py"))
     twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
     config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
 
     def run(*arguments):
         command = ["--config-file", str(config), "--num-gpus", "0", *arguments]
-        return tool["main"](default_argument_parser().parse_args(command))
+        return LAUNCHER["main"](default_argument_parser().parse_args(command))
 
     run("train.max_iter=2")
-    run("--resume", "train.max_iter=3")
+    run("--resume", "train.max_iter=3", "+train.statistics.period=1")
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if "total_loss" in line][:3] == [0, 1, 2]
+    training = [line for line in lines if "total_loss" in line]
+    assert [line["iteration"] for line in training] == [0, 1, 2]
+    watched = {key.split("/")[1] for key in training[2] if key.startswith("statistics/")}
+    assert len(watched) == 3 and "backbone.bottom_up.stem.conv1.norm" in watched
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert state["iteration"] == 2
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
     results = run("--resume", "--eval-only")
     assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+
+
+def test_settings_of_batch_renorm():
+    cfg = LazyConfig.load(str(ROOT / f"configs/lazy/{NAMES[1]}.py"))
+    cfg.train.device, cfg.train.brn = "cpu", {"warmup_iters": 7, "r_max": 2.0}
+    cfg.model.backbone.bottom_up.stem.norm = "BRN"
+    norm = LAUNCHER["build_model"](cfg).backbone.bottom_up.stem.conv1.norm
+    assert type(norm) is BatchRenorm2d and (norm.warmup_iters, norm.r_max) == (7, 2.0)
+
+
+def test_settings_of_several_processes(tmp_path):
+    """All of train.ddp reaches DistributedDataParallel: here of one process."""
+    net = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
+    net.forward = lambda x: net["used"](x)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        settings = {"broadcast_buffers": False, "find_unused_parameters": True}
+        model = LAUNCHER["distribute"](net, "cpu", fp16_compression=True, **settings)
+        assert model.find_unused_parameters and not model.broadcast_buffers
+        for _ in range(2):  # the second would wait for the unused one
+            model(torch.full((1, 2), 1 / 3)).sum().backward()
+        # It has been through float16, which 1/3 has not in full.
+        assert net["used"].weight.grad[0, 0] == 2 * torch.tensor(1 / 3).half().float()
+        with pytest.raises(TypeError, match="no_such"):
+            LAUNCHER["distribute"](net, "cpu", no_such=True)
+    finally:
+        torch.distributed.destroy_process_group()

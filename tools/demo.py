@@ -9,12 +9,13 @@ import torch
 from detectron2.engine import default_argument_parser, default_setup
 from tabulate import tabulate
 
-from mabn_d2.engine import Trainer, setup_config
+from mabn_d2.engine import Trainer, one_line_errors, setup_config
 from mabn_d2.visualization import draw_predictions, plot_run
 
 CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
 
 
+@one_line_errors()
 def main():
     parser = default_argument_parser()
     parser.set_defaults(config_file=str(Path(__file__).parents[1] / CONFIG))

@@ -1,5 +1,12 @@
 #!/usr/bin/env python
-"""Trains and evaluates a model of a LazyConfig, with MABN; the flags are Detectron2's own."""
+"""Trains and evaluates a model of a LazyConfig, with MABN; the flags are Detectron2's own.
+
+Beside Detectron2's keys, `train` may have those of the norms and of the hook that logs what they see:
+
+    train.mabn = dict(batch_size=2, simulated_batch_size=32)  # of configure_mabn
+    train.brn = dict(warmup_iters=5000)                       # of BatchRenorm2d.configure
+    train.statistics = dict(period=20)                        # of LogStatistics
+"""
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -11,17 +18,23 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from mabn_d2 import configure_mabn
 from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.engine import launch
 from mabn_d2.engine.hooks import StopOnSignal
+from mabn_d2.engine.statistics import LogStatistics
 from mabn_d2.engine.step import GuardedDDP, GuardedTrainer
+from mabn_d2.layers import BatchRenorm2d
 
 
 def build_model(cfg):
     """Return the model on train.device, its MABN layers set by train.mabn."""
     model = instantiate(cfg.model).to(cfg.train.device)
+    for module in model.modules():
+        if isinstance(module, BatchRenorm2d):
+            module.configure(**cfg.train.get("brn", {}))
     return configure_mabn(model, **cfg.train.get("mabn", {}))
 
 
@@ -34,21 +47,30 @@ def evaluate(cfg, model):
     return results
 
 
+def distribute(model, device, fp16_compression=False, **settings):
+    """`detectron2.engine.create_ddp_model` with GuardedDDP, on the CPU too."""
+    devices = None if torch.device(device).type == "cpu" else [comm.get_local_rank()]
+    model = GuardedDDP(model, device_ids=devices, **settings)
+    if fp16_compression:
+        model.register_comm_hook(state=None, hook=fp16_compress_hook)
+    return model
+
+
 def train(cfg, model, resume):
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
+    bare = model
     if comm.get_world_size() > 1:
-        on_cpu = torch.device(cfg.train.device).type == "cpu"
-        devices = None if on_cpu else [comm.get_local_rank()]
-        buffers = cfg.train.ddp.broadcast_buffers
-        model = GuardedDDP(model, device_ids=devices, broadcast_buffers=buffers)
+        model = distribute(model, cfg.train.device, **cfg.train.ddp)
     trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.train.amp.enabled)
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()
     scheduler = instantiate(cfg.lr_multiplier)
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
+    watched = [cfg.train.statistics] if "statistics" in cfg.train else []
     trainer.register_hooks([
+        *[LogStatistics(bare, grad_scaler=trainer.grad_scaler, **settings) for settings in watched],
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
         *([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)] if main else []),

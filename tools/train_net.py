@@ -1,21 +1,22 @@
 #!/usr/bin/env python
 """Trains and evaluates Detectron2 models with MABN; the flags are Detectron2's own."""
 
-import sys
-
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mabn_d2 import CheckpointError, SafeCheckpointer, warn_of_differences
-from mabn_d2.data import BadAnnotationError
-from mabn_d2.engine import ConfigError, Trainer, check_data, launch, setup_config
+from mabn_d2 import SafeCheckpointer, warn_of_differences
+from mabn_d2.engine import Trainer, check_data, launch, one_line_errors, setup_config
 
 
+@one_line_errors()
 def main(args):
     cfg = setup_config(args)
-    default_setup(cfg, args)
     if args.eval_only:
+        logged = cfg.clone()
+        logged.defrost()
+        logged.OUTPUT_DIR += "/evaluation"  # config.yaml and log.txt of the training stay
+        default_setup(logged, args)
         model = Trainer.build_model(cfg)
         checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -24,6 +25,7 @@ def main(args):
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+    default_setup(cfg, args)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
@@ -31,12 +33,7 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    try:
+    with one_line_errors():
         # Here too, before workers are spawned, so that an error is said once.
         check_data(setup_config(args), train=not args.eval_only)
-    except (ConfigError, BadAnnotationError) as error:
-        sys.exit(f"train_net.py: {error}")
-    try:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
-    except CheckpointError as error:
-        sys.exit(f"train_net.py: {error}")
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))

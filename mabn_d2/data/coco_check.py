@@ -4,22 +4,37 @@ import json
 import math
 import os
 from collections import Counter
+from typing import NamedTuple
 
 SHOWN = 5  # problems named in a message
+OUTSIDE = 1.0  # of the image's size that a polygon may reach beyond it
+MAX_PIXELS = 2**31  # pycocotools counts in 32 bits
 
 
 class BadAnnotationError(ValueError):
     """A COCO file that can't be used: one line with file, ids and what to do."""
 
 
-def check_coco(json_file, image_root, skip=False):
+class Problem(NamedTuple):
+    """What is wrong with one entry, which can be left out."""
+
+    key: str  # "images" or "annotations"
+    id: int
+    text: str
+
+    def __str__(self):
+        return self.text
+
+
+def check_coco(json_file, image_root, skip=False, remedy='or set DATALOADER.BAD_INPUT to "skip"'):
     """Check a COCO instances file and that its images exist.
 
     Args:
-        skip: return the problems that concern single images and annotations, which Detectron2 or the
-            loader then leave out; if False, they are errors too.
+        skip: return the problems of single images and annotations, for `clean_coco` to leave out; if
+            False, they are errors too.
+        remedy: what else to do about these than to correct the file.
     Returns:
-        list of str, the problems.
+        list of Problem.
     Raises:
         BadAnnotationError: if the file can't be used.
     """
@@ -27,10 +42,26 @@ def check_coco(json_file, image_root, skip=False):
     if problems and not skip:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise BadAnnotationError(
-            f"{json_file}: {'; '.join(problems[:SHOWN])}{more}. Correct the file, or set "
-            'DATALOADER.BAD_INPUT to "skip"'
+            f"{json_file}: {'; '.join(map(str, problems[:SHOWN]))}{more}. Correct the file, {remedy}"
         )
     return problems
+
+
+def clean_coco(json_file, problems, copy):
+    """Write to `copy` what a COCO file holds beside the entries with problems.
+
+    Raises:
+        BadAnnotationError: if no image is left.
+    """
+    with open(json_file, encoding="utf-8") as file:
+        content = json.load(file)
+    bad = {(problem.key, problem.id) for problem in problems}
+    for key in ("images", "annotations"):
+        content[key] = [entry for entry in content[key] if (key, entry["id"]) not in bad]
+    if not content["images"]:
+        raise BadAnnotationError(f"{json_file}: no image is left, the first is out because {problems[0]}")
+    with open(copy, "w", encoding="utf-8") as file:
+        json.dump(content, file)
 
 
 def _read(json_file):
@@ -60,6 +91,11 @@ def _read(json_file):
                         f"{json_file}: {key} {entry['id']!r} has {field} {entry[field]!r}, which is no "
                         "integer: correct it"
                     )
+            if key == "categories" and not isinstance(entry["name"], str):
+                raise BadAnnotationError(
+                    f"{json_file}: categories {entry['id']} has the name {entry['name']!r}, which is no "
+                    "text: correct it"
+                )
         duplicates = [i for i, n in Counter(entry["id"] for entry in entries).items() if n > 1]
         if duplicates:
             raise BadAnnotationError(
@@ -78,33 +114,42 @@ def _read(json_file):
 def _problems(content, image_root):
     images = {image["id"]: image for image in content["images"]}
     for image in images.values():
-        if not _is_size(image["height"]) or not _is_size(image["width"]):
-            yield f"image {image['id']} has height {image['height']!r}, width {image['width']!r}"
-        elif not os.path.isfile(os.path.join(image_root, str(image["file_name"]))):
-            yield f"image {image['id']}: no file {os.path.join(image_root, str(image['file_name']))}"
+        name, file = f"image {image['id']}", image["file_name"]
+        if not _has_size(image):
+            text = f"{name} has height {image['height']!r}, width {image['width']!r}"
+            yield Problem("images", image["id"], text)
+        elif not isinstance(file, str) or not os.path.isfile(os.path.join(image_root, file)):
+            yield Problem("images", image["id"], f"{name}: no file {os.path.join(image_root, str(file))}")
     for annotation in content["annotations"]:
         name, image = f"annotation {annotation['id']}", images.get(annotation["image_id"])
         if image is None:
-            yield f"{name} belongs to image {annotation['image_id']!r}, which is not there"
-        elif _is_size(image["height"]) and _is_size(image["width"]):
-            wrong = _box_problem(annotation["bbox"], image) or _mask_problem(annotation, image)
-            if wrong:
-                yield f"{name} (image {image['id']}) has {wrong}"
+            wrong = f"{name} belongs to image {annotation['image_id']!r}, which is not there"
+        elif not _has_size(image):
+            continue  # it goes with its image
+        else:
+            wrong = (
+                _box_problem(annotation["bbox"], image)
+                or _mask_problem(annotation, image)
+                or _other_problem(annotation)
+            )
+            wrong = wrong and f"{name} (image {image['id']}) has {wrong}"
+        if wrong:
+            yield Problem("annotations", annotation["id"], wrong)
 
 
-def _is_size(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _has_size(image):
+    size = image["height"], image["width"]
+    return all(type(n) is int and n > 0 for n in size) and math.prod(size) < MAX_PIXELS
 
 
-def _numbers(values):
-    return all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
+def _numbers(values, limit=1e9):
+    """Whether all are numbers within the limit, which NaN is not."""
+    return all(type(v) in (int, float) and -limit <= v <= limit for v in values)
 
 
 def _box_problem(box, image):
     if not isinstance(box, list) or len(box) != 4 or not _numbers(box):
-        return f"bbox {box!r}, not four numbers"
+        return f"bbox {box!r:.80}, not four numbers within 1e9"
     x, y, width, height = box
     # A part outside is common, from rounding, and clipped by Detectron2.
     if width < 0 or height < 0 or x >= image["width"] or y >= image["height"] or (
@@ -113,17 +158,27 @@ def _box_problem(box, image):
         return f"bbox {box} outside of the image, {image['width']} wide and {image['height']} high"
 
 
+def _other_problem(annotation):
+    points = annotation.get("keypoints") or []
+    if not isinstance(points, list) or len(points) % 3 or not _numbers(points):
+        return "keypoints that are not three numbers each"
+    for name, values in (("iscrowd", (0, 1)), ("ignore", (0,))):
+        value = annotation.get(name, 0)
+        if type(value) not in (int, bool) or value not in values:
+            return f"{name} {value!r:.80}, not {' or '.join(map(str, values))}"
+    return None
+
+
 def _mask_problem(annotation, image):
-    masks = annotation.get("segmentation")
+    masks, size = annotation.get("segmentation"), [image["height"], image["width"]]
     if masks is None:
         return None  # boxes only
-    size = [image["height"], image["width"]]
     if isinstance(masks, dict):
         counts = masks.get("counts")
         if masks.get("size") != size:
-            return f"an RLE of size {masks.get('size')}, not the image's {size}"
+            return f"an RLE of size {masks.get('size')!r:.80}, not the image's {size}"
         if isinstance(counts, list):
-            if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != math.prod(size):
+            if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != math.prod(size):
                 return "an RLE whose counts do not add up to the image"
         elif not isinstance(counts, str) or _decoded_length(counts) != math.prod(size):
             return "an RLE whose counts do not add up to the image"
@@ -135,6 +190,12 @@ def _mask_problem(annotation, image):
             return "a polygon that is not three points or more"
         if not _numbers(polygon):
             return "a polygon with coordinates that are no finite numbers"
+        # pycocotools reserves memory for the way from point to point.
+        margins = [OUTSIDE * n for n in size]
+        for start, length, margin in zip((1, 0), size, margins, strict=True):
+            values = polygon[start::2]
+            if min(values) < -margin or max(values) > length + margin:
+                return "a polygon far outside of the image"
     return None
 
 

@@ -7,20 +7,40 @@ whatever the number of loader workers, so that a resumed run can equal the strai
 
 import itertools
 import logging
+import os
 import random
+import signal
+import tempfile
+import threading
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathHandler, PathManager
+from PIL import Image
+
+from .coco_check import check_coco, clean_coco
+
+MAX_BAD = 1000  # images in a row: then it is not the images
 
 
 class BadImageError(RuntimeError):
-    """An image that can't be read or does not fit its annotations."""
+    """An image that can't be read or does not fit its annotations: one line with its path."""
+
+    def __init__(self, message):
+        # One of a loader worker comes with the worker's traceback in front.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 @contextmanager
@@ -44,11 +64,42 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+class NamingMapper:
+    """Maps records by `mapper`; whatever it raises becomes a BadImageError with the image's path.
+
+    Readers raise anything for a damaged file: OSError, SyntaxError, zlib's error, PIL's
+    DecompressionBombError. An image of more than 8 bits a channel in one channel is refused too:
+    Detectron2 would cut it off at 255, and see white.
+    """
+
+    def __init__(self, mapper, remedy="mend or remove it"):
+        self.mapper, self.remedy = mapper, remedy
+
+    def __call__(self, record):
+        path = record.get("file_name")
+        try:
+            if path is not None:
+                self._check_depth(path)
+            return self.mapper(record)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise BadImageError(
+                f"{path} can't be used ({type(error).__name__}: {reason}): {self.remedy}"
+            ) from error
+
+    @staticmethod
+    def _check_depth(path):
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:  # reads the header only
+            if image.mode[0] in "IF":
+                raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
+
+
 class SeededDataset(torch.utils.data.Dataset):
     """Maps records by `mapper`, under a seed that comes with the index.
 
     Args:
-        skip_bad: put the next record that can be read in the place of one that can't, and name the
+        mapper: raises BadImageError for a record that can't be used.
+        skip_bad: put the next record that can be used in the place of one that can't, and name the
             latter in the key `bad_images` of the result; if False, it is an error.
     """
 
@@ -58,27 +109,22 @@ class SeededDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed = key
         bad = []
-        while len(bad) < len(self.records):
+        while len(bad) < min(len(self.records), MAX_BAD):
             record = self.records[(index + len(bad)) % len(self.records)]
             try:
                 with seeded(seed):
                     mapped = self.mapper(record)
-            except (OSError, ValueError, SyntaxError, AssertionError) as error:
-                # What PIL raises for files that are no image, truncated or damaged, and Detectron2
-                # for those of another size than the annotations say.
-                path = record.get("file_name")
+            except BadImageError as error:
                 if not self.skip_bad:
-                    raise BadImageError(
-                        f"{path} can't be used ({type(error).__name__}: {error}): mend or remove it, "
-                        'or set DATALOADER.BAD_INPUT to "skip"'
-                    ) from error
-                logging.getLogger(__name__).warning(f"{path} is skipped: {error}")
-                bad.append(path)
+                    raise
+                logging.getLogger(__name__).warning(f"skipped: {error}")
+                bad.append(record.get("file_name"))
+                last = error
             else:
                 if bad:
                     mapped["bad_images"] = bad
                 return mapped
-        raise BadImageError(f"none of the {len(self.records)} images can be used")
+        raise BadImageError(f"none of {len(bad)} images can be used; the last: {last}") from last
 
     def __len__(self):
         return len(self.records)
@@ -111,6 +157,77 @@ class TrainingBatches:
             yield [record["key"] for record in batch]
 
 
+class _Replaced(PathHandler):
+    """Lets Detectron2 read a copy of `file` that lacks the entries with problems."""
+
+    def __init__(self, file, problems):
+        self.file, self.folder = file, tempfile.TemporaryDirectory(prefix="mabn_d2-")
+        self.copy = os.path.join(self.folder.name, os.path.basename(file))
+        clean_coco(file, problems, self.copy)
+
+    def _get_supported_prefixes(self):
+        return [self.file]
+
+    def _get_local_path(self, path, force=False, **kwargs):
+        return self.copy if path == self.file else path
+
+    def _isfile(self, path, **kwargs):
+        return os.path.isfile(path)
+
+    def _exists(self, path, **kwargs):
+        return os.path.exists(path)
+
+    def _open(self, path, mode="r", buffering=-1, **kwargs):
+        return open(self._get_local_path(path), mode, buffering, **kwargs)
+
+
+def coco_files(names):
+    """Yield (name, JSON file, image folder) of the COCO datasets among these that lie there already."""
+    for name in dict.fromkeys(names):
+        metadata = MetadataCatalog.get(name)
+        json_file = metadata.get("json_file")
+        if json_file and os.path.isfile(json_file):
+            yield name, json_file, metadata.image_root
+
+
+def leave_out_bad_entries(names):
+    """Have Detectron2 read the datasets of these names without what `check_coco` finds wrong."""
+    for name, json_file, image_root in coco_files(names):
+        problems = check_coco(json_file, image_root, skip=True)
+        if problems:
+            PathManager.register_handler(_Replaced(json_file, problems))
+            logging.getLogger(__name__).warning(f"{name}: {len(problems)} bad entries are left out")
+
+
+def end_with_parent(worker):
+    """Loader workers end when their parent says so or is gone, by no signal of others.
+
+    SIGTERM and SIGINT go to the whole process group, where the trainer finishes its iteration
+    first, for which it needs them. The parent's own SIGTERM is how Python ends workers at exit, so
+    it can't simply be ignored.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def build_test_loader(cfg, dataset_name):
+    """Build Detectron2's loader for evaluation, whose errors name the image.
+
+    BAD_INPUT "skip" does not apply: the AP of fewer images is another.
+    """
+    mapper = NamingMapper(DatasetMapper(cfg, False))
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    loader.worker_init_fn = end_with_parent
+    return loader
+
+
 def build_train_loader(cfg, mapper=None):
     """Build the loader from DATASETS, DATALOADER and SOLVER.IMS_PER_BATCH.
 
@@ -127,6 +244,9 @@ def build_train_loader(cfg, mapper=None):
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number "
             f"of training processes ({workers}): change one of them"
         )
+    skip = cfg.DATALOADER.get("BAD_INPUT") == "skip"
+    if skip:
+        leave_out_bad_entries(cfg.DATASETS.TRAIN)
     # One seed for all ranks: they share one shuffle and take every n-th image of it.
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     records = get_detection_dataset_dicts(
@@ -157,15 +277,17 @@ def build_train_loader(cfg, mapper=None):
         cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         seed,
     )
+    remedy = 'mend or remove it, or set DATALOADER.BAD_INPUT to "skip"'
     return torch.utils.data.DataLoader(
         SeededDataset(
             DatasetFromList(records, copy=False),
-            mapper or DatasetMapper(cfg, True),
-            skip_bad=cfg.DATALOADER.get("BAD_INPUT") == "skip",
+            NamingMapper(mapper or DatasetMapper(cfg, True), remedy),
+            skip_bad=skip,
         ),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        worker_init_fn=end_with_parent,
         # Its own, for the workers' seeds: starting them must not draw from the model's.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -1,7 +1,17 @@
 """Training and evaluation."""
 
+from .errors import one_line_errors
 from .launch import launch
 from .setup import ConfigError, check_config, check_data, read_config, setup_config
 from .trainer import Trainer
 
-__all__ = ["ConfigError", "Trainer", "check_config", "check_data", "launch", "read_config", "setup_config"]
+__all__ = [
+    "ConfigError",
+    "Trainer",
+    "check_config",
+    "check_data",
+    "launch",
+    "one_line_errors",
+    "read_config",
+    "setup_config",
+]

@@ -17,7 +17,7 @@ def launch(main, num_gpus, num_machines=1, machine_rank=0, dist_url=None, args=(
     and exits with their status, 128 + signal.
 
     Without this the parent dies at once, and what takes its end for the job's kills the workers
-    while they write their checkpoint.
+    while they write their checkpoint. A worker that exits by itself has said why: so does this one.
     """
     arguments = (main, num_gpus, num_machines, machine_rank, dist_url, args)
     if num_machines * num_gpus <= 1:  # main runs in this process
@@ -26,7 +26,7 @@ def launch(main, num_gpus, num_machines=1, machine_rank=0, dist_url=None, args=(
     try:
         return detectron2_launch(*arguments)
     except ProcessExitedException as error:
-        if error.exit_code not in [128 + number for number in SIGNALS]:
+        if error.exit_code <= 0:  # killed
             raise
         sys.exit(error.exit_code)
     finally:

@@ -6,12 +6,13 @@ import tempfile
 import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
 from ..data.coco_check import check_coco
+from ..data.loader import coco_files
 from ..layers import BatchRenorm2d, MABN2d
 from ..modeling.norm import norm_settings, renorm_settings
 from ..solver import OPTIMIZERS
@@ -61,6 +62,11 @@ def setup_config(args):
         ConfigError: for a file, key or value that can't be used.
     """
     cfg = read_config(args.config_file, args.opts)
+    if args.num_gpus == 0 and args.num_machines > 1:
+        raise ConfigError(
+            f"--num-gpus 0 with --num-machines {args.num_machines} would be as many runs that never "
+            "meet: use --num-gpus 1, which takes the CPU where there is no GPU"
+        )
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
@@ -137,16 +143,15 @@ def check_data(cfg, train=True):
     """Check the COCO files of DATASETS, as far as they are there already.
 
     Raises:
-        BadAnnotationError: for what DATALOADER.BAD_INPUT "skip" can't or may not leave out.
+        BadAnnotationError: for what DATALOADER.BAD_INPUT "skip" can't or may not leave out: nothing of
+            DATASETS.TEST, where the AP of fewer images would be another.
     """
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if train else cfg.DATASETS.TEST
-    for name in dict.fromkeys(names):
-        metadata = MetadataCatalog.get(name)
-        json_file = metadata.get("json_file")
-        if json_file and PathManager.isfile(json_file):
-            skip = cfg.DATALOADER.BAD_INPUT == "skip"
-            for problem in check_coco(json_file, metadata.image_root, skip):
-                logging.getLogger(__name__).warning(f"{name}: {problem}")
+    for _, json_file, image_root in coco_files(cfg.DATASETS.TEST):
+        check_coco(json_file, image_root, remedy="as an evaluation leaves nothing out")
+    skip = cfg.DATALOADER.BAD_INPUT == "skip"
+    for name, json_file, image_root in coco_files(cfg.DATASETS.TRAIN if train else ()):
+        for problem in check_coco(json_file, image_root, skip):
+            logging.getLogger(__name__).warning(f"{name}: {problem}")
 
 
 def _check_output(cfg, resume):

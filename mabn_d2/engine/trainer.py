@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import SafeCheckpointer, layers_to_recalibrate, warn_of_differences
-from ..data.loader import build_train_loader
+from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm import norm_settings
 from ..solver import build_optimizer
 from .hooks import RecalibrateMABN, SeedEachIteration, StopOnSignal, SyncStatistics
@@ -96,6 +96,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg):
         return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
