@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -192,6 +193,10 @@ def consume(file, folder):
     if child == 0:
         status = 1
         try:
+            signal.alarm(20)
+            pages = int(open("/proc/self/statm").read().split()[0])
+            more = pages * os.sysconf("SC_PAGE_SIZE") + 2**30
+            resource.setrlimit(resource.RLIMIT_AS, (more, more))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             for record in load_coco_json(file, folder, "fuzzed"):
                 size = record["height"], record["width"]
