@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from mabn_d2 import configure_mabn
 from mabn_d2.checkpoint import SafeCheckpointer
-from mabn_d2.engine import launch
+from mabn_d2.engine import launch, one_line_errors
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.statistics import LogStatistics
 from mabn_d2.engine.step import GuardedDDP, GuardedTrainer
@@ -83,6 +83,7 @@ def train(cfg, model, resume):
     trainer.train(start, cfg.train.max_iter)
 
 
+@one_line_errors()
 def main(args):
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
