@@ -110,3 +110,11 @@ def test_formula_is_the_layer():
             grads.append((y, *torch.autograd.grad(y, (inputs, net.weight, net.bias), dy)))
         for actual, wanted in zip(*grads, strict=True):
             assert_close(actual, wanted, torch.float32)
+
+
+def test_share_of_the_copy_bandwidth_and_another_baseline():
+    arguments = ["--norms", "copy,mabn_split", "--baseline", "mabn", "--shapes", "5x4x3x5"]
+    bn, copy, split = tool.main(["layer", *FAST, *arguments])["results"]
+    assert [bn["norm"], copy["norm"], split["norm"]] == ["mabn", "copy", "mabn_split"]
+    assert bn["ratio"] == [1, 1, 1] and "of_copy" not in copy
+    assert 0 < split["of_copy"]

@@ -3,15 +3,19 @@
 inference and in training.
 
     tools/benchmark.py layer --dtype fp32,bf16 --threads 1,2 --output benchmarks/layer.json
+    tools/benchmark.py layer --norms mabn_split,bn_split --shapes 32x64x56x56 --baseline mabn
+    tools/benchmark.py layer --device cuda --dtype fp32,fp16,bf16 --formats nchw,nhwc --shapes r50_fpn
     tools/benchmark.py inference --norms bn,ln,in,gn,mabn --output benchmarks/inference.json
     tools/benchmark.py detector --norms frozen_bn,mabn,mabn_folded --output benchmarks/detector.json
     tools/benchmark.py step --norms bn,mabn --output benchmarks/step.json
 
 Norms are timed in turn, round by round; ratios are of the same round, to BatchNorm, with ReLU to
-BatchNorm and ReLU, of a detector at inference to Detectron2's with FrozenBN. Median and quartiles are
-shown. `formula` is MABN by plain tensor expressions, `mabn_folded` the model that `fold_mabn` makes of
-one with MABN, `mabn_folded_conv` the one without norms. Beside the JSON file a picture of the same name
-is written.
+BatchNorm and ReLU, of a detector at inference to Detectron2's with FrozenBN, or to --baseline. Median
+and quartiles are shown. `formula` is MABN by plain tensor expressions, `_split` the classification form
+with normalization batches of 2 images, `mabn_folded` the model that `fold_mabn` makes of one with MABN,
+`mabn_folded_conv` the one without norms. `copy` is Tensor.copy_ of one activation: `of copy` says which
+share of its bandwidth a layer reaches, if the layer reads and writes activations 8 times, as two passes
+each way do (x; x, y; dy, x; dy, x, dx). Beside the JSON file a picture of the same name is written.
 """
 
 import argparse
@@ -23,15 +27,28 @@ import torchvision
 from tabulate import tabulate
 from torch import nn
 
-from mabn_d2.layers import BatchRenorm2d, MABN2d
+from mabn_d2.layers import BatchRenorm2d, MABN2d, SplitBatchNorm2d
 from mabn_d2.utils import benchmark
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def baseline(norm, what):
+PASSES = 8  # of a layer over activations, forward and backward; a copy makes 2
+
+# What the norms of Mask R-CNN R50-FPN see of 2 images of 800x1333, padded to 800x1344: stem, res2 to
+# res5, FPN, box head (512 proposals an image), mask head (a quarter of them).
+R50_FPN = [
+    (2, 64, 400, 672), (2, 64, 200, 336), (2, 256, 200, 336), (2, 128, 100, 168), (2, 512, 100, 168),
+    (2, 256, 50, 84), (2, 1024, 50, 84), (2, 512, 25, 42), (2, 2048, 25, 42), (2, 256, 100, 168),
+    (2, 256, 25, 42), (1024, 256, 7, 7), (256, 256, 14, 14),
+]  # fmt: skip
+
+
+def baseline(norm, what, chosen=None):
     """Return the norm that a norm is compared with."""
+    if chosen:
+        return chosen
     if what == "detector":
         return "frozen_bn"
     return "bn_relu" if norm.endswith("_relu") else "bn"
@@ -89,22 +106,27 @@ NORMS = {
     "brn": BatchRenorm2d,
     "mabn": MABN2d,
     "mabn_relu": partial(MABN2d, activation="relu"),
+    "bn_split": partial(SplitBatchNorm2d, batch_size=2),
+    "mabn_split": partial(MABN2d, split_batch=True),
     "formula": FormulaMABN2d,
+    "copy": None,
 }
 # What Detectron2 calls them.
 DETECTRON2_NORMS = {"bn": "BN", "syncbn": "SyncBN", "gn": "GN", "ln": "LN", "mabn": "MABN"}
 DETECTORS = ("frozen_bn", "mabn", "mabn_folded", "mabn_folded_conv")
 
 
-def choose_norms(names, known, device, what):
+def choose_norms(names, known, device, what, chosen=None):
     """Split "bn,mabn" and return the names, what they are compared with first.
 
     Raises:
         ValueError: for a norm that is unknown here, or can't run, naming those that can.
     """
     able = [name for name in known if name != "syncbn" or device == "cuda"]
+    if what != "layer":
+        able = [name for name in able if name != "copy"]
     names = names.split(",")
-    names = list(dict.fromkeys([*(baseline(name, what) for name in names), *names]))
+    names = list(dict.fromkeys([*(baseline(name, what, chosen) for name in names), *names]))
     for name in names:
         if name not in able:
             raise ValueError(f"norm {name!r} is not available on {device}: {', '.join(able)} are")
@@ -124,6 +146,9 @@ def run_layer(args):
                 )
                 steps = {}
                 for name in args.norms:
+                    if name == "copy":
+                        steps[name] = partial(torch.empty_like(dy).copy_, dy)
+                        continue
                     layers = [NORMS[name](shape[1]) for _ in range(depth)]
                     net = nn.Sequential(*layers).to(args.device)
                     steps[name] = partial(layer_step, net, x.requires_grad_(), dy)
@@ -281,14 +306,17 @@ def plot(report, path):
 
 def table(results):
     """Return the rows of a report as text."""
-    headers = "threads dtype format shape norm ms quartiles /BN quartiles peak-MiB 1/s".split()
+    headers = "threads dtype format shape norm ms quartiles ratio quartiles peak-MiB 1/s".split()
+    shares = any("of_copy" in r for r in results)
+    headers += ["of copy"] if shares else []
     rows = []
     for r in results:
         (a, ms, b), (c, ratio, d) = r["ms"], r["ratio"]
         shape = "x".join(map(str, r["shape"])) + (f" x{r['depth']}" if r["depth"] > 1 else "")
         row = [r["threads"], r["dtype"], r["format"], shape, r["norm"], f"{ms:.2f}"]
         row += [f"{a:.2f}-{b:.2f}", f"{ratio:.2f}", f"{c:.2f}-{d:.2f}"]
-        rows.append([*row, f"{r['peak_bytes'] / 2**20:.1f}", f"{1000 / ms:.2f}"])
+        row += [f"{r['peak_bytes'] / 2**20:.1f}", f"{1000 / ms:.2f}"]
+        rows.append(row + ([f"{r.get('of_copy', 1):.2f}"] if shares else []))
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -309,8 +337,10 @@ def parse(argv=None):
             raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
         return text
 
-    def shape(text):
-        return tuple(int(size) for size in text.split("x"))
+    def shapes(text):
+        if text == "r50_fpn":
+            return R50_FPN
+        return [tuple(int(size) for size in part.split("x")) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -319,6 +349,7 @@ def parse(argv=None):
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default=["fp32"], type=partial(listed, partial(choice, DTYPES)))
     parser.add_argument("--norms", help="comma-separated; default: all of a detector, bn,mabn else")
+    parser.add_argument("--baseline", help="norm that all are compared with")
     parser.add_argument("--output", type=Path, help="JSON file; a PNG file goes beside it")
     parser.add_argument(
         "--threads", default=[torch.get_num_threads()], type=partial(listed, int), help="1,2"
@@ -334,8 +365,8 @@ def parse(argv=None):
     parser.add_argument(
         "--shapes",
         default=[(2, 64, 128, 128), (2, 256, 64, 64), (2, 512, 32, 32)],
-        type=partial(listed, shape),
-        help="layer: 2x64x128x128,...",
+        type=shapes,
+        help="layer: 2x64x128x128,... or r50_fpn, those of 2 images of 800x1333",
     )
     parser.add_argument(
         "--depth", default=[1], type=partial(listed, int), help="layer: norms in a row, 1,2,4"
@@ -352,7 +383,7 @@ def parse(argv=None):
     args.clock = args.clock or {"cpu": "wall", "cuda": "cuda"}[args.device]
     try:
         known = {"step": DETECTRON2_NORMS, "detector": DETECTORS}.get(args.what, NORMS)
-        args.norms = choose_norms(args.norms, known, args.device, args.what)
+        args.norms = choose_norms(args.norms, known, args.device, args.what, args.baseline)
         if (args.device == "cuda") != (args.clock == "cuda"):
             raise ValueError("--clock cuda goes with --device cuda, wall and cpu with cpu")
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -374,7 +405,10 @@ def main(argv=None):
         elements = torch.Size(case["shape"]).numel() * case.get("depth", 1)
         for norm in steps:
             row = {"depth": 1, **case, "elements": elements, "norm": norm}
-            row |= benchmark.summarize(times[norm], times[baseline(norm, args.what)])
+            row |= benchmark.summarize(times[norm], times[baseline(norm, args.what, args.baseline)])
+            if "copy" in steps and norm != "copy":
+                share = PASSES / 2 * case["depth"]
+                row["of_copy"] = share / benchmark.summarize(times[norm], times["copy"])["ratio"][1]
             results.append({**row, "peak_bytes": benchmark.memory_peak(steps[norm], args.device)})
         print(table(results[-len(steps) :]), flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
