@@ -1,5 +1,7 @@
 """MABN and BRN in every component of Detectron2 that takes a norm."""
 
+import copy
+
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -16,11 +18,16 @@ from detectron2.modeling.backbone.regnet import (
 )
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
 from mabn_d2.modeling.norm import CenNormConv2d
+from mabn_d2.solver import build_optimizer
+
+from detectors import narrow_cfg
+from inputs import training_inputs
 
 
 def build(name, *opts):
@@ -59,6 +66,27 @@ def test_meta_architectures(name, opts, in_backbone, in_heads):
     model = build(name, "MODEL.FPN.OUT_CHANNELS", 8, *opts)
     assert centred(model.backbone) == in_backbone and centred(model) == in_backbone + in_heads
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "name, res5, dilation",
+    [("Base-RCNN-C4.yaml", "roi_heads.res5", 1), ("Base-RCNN-DilatedC5.yaml", "backbone.res5", 2)],
+)
+def test_training_step_without_fpn(name, res5, dilation):
+    """C4 runs res5 on RoIs, as its box head; DilatedC5 has dilation where the others have a stride."""
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 4, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50]
+    model = build(name, "MODEL.MASK_ON", True, *opts)
+    assert model.get_submodule(f"{res5}.2.conv2").dilation == (dilation, dilation)
+    before = copy.deepcopy(model.state_dict())
+    with EventStorage():
+        sum(model.train()(training_inputs(96, 96)).values()).backward()
+    build_optimizer(narrow_cfg(), model).step()
+    norms = [m for m in model.modules() if isinstance(m, MABN2d)]
+    assert all(m.iters == 1 and m.weight.grad.isfinite().all() for m in norms)
+    after = model.state_dict()
+    for key in (f"{res5}.2.conv2.weight", f"{res5}.2.conv2.norm.running_var",
+                "backbone.stem.conv1.weight"):
+        assert not torch.equal(after[key], before[key]), key
 
 
 @pytest.mark.parametrize("block", [VanillaBlock, ResBasicBlock, ResBottleneckBlock])

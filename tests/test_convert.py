@@ -4,14 +4,20 @@ import logging
 import pytest
 import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.models import densenet121, resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from mabn_d2 import convert_mabn
+from mabn_d2 import convert_mabn, fold_mabn
 from mabn_d2.layers import CenConv2d, MABN2d, PerLevelNorm
+from mabn_d2.modeling.norm import norm_settings
+
+from detectors import narrow_cfg
+from inputs import training_inputs
 
 
 def kinds(model):
@@ -55,6 +61,58 @@ def test_torchvision_detector():
     with torch.no_grad():
         found = model.eval()([torch.rand(3, 64, 64)])[0]
     assert found.keys() == {"boxes", "labels", "scores", "masks"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("into", ["frozen_bn", "conv"])
+def test_torchvision_models_fold_to_their_like(into):
+    """Converted, given statistics, folded: no layer of MABN is left, and the outputs are the same."""
+    backbone, detector = resnet50(), maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=64, box_score_thresh=0.0
+    )
+    image = torch.rand(2, 3, 64, 64)
+    for model, inputs in ((backbone, image), (detector, list(image))):
+        convert_mabn(model).eval()
+        for norm in (m for m in model.modules() if isinstance(m, MABN2d)):
+            norm.running_var.uniform_(0.5, 2)
+            norm.bias.normal_(std=0.1)
+        folded = fold_mabn(model, into)
+        kinds_left = {type(m) for m in folded.modules()}
+        assert not kinds_left & {CenConv2d, MABN2d, nn.BatchNorm2d}
+        assert (FrozenBatchNorm2d in kinds_left) == (into == "frozen_bn")
+        expected, found = model(inputs), folded(inputs)
+        if model is backbone:
+            assert expected.std() > 1e-3
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+            continue
+        for a, b in zip(expected, found, strict=True):
+            assert len(a["scores"]) == len(b["scores"]) > 5 and torch.equal(a["labels"], b["labels"])
+            for name in ("scores", "boxes", "masks"):
+                torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-3)
+
+
+def test_detectron2s_mask_rcnn():
+    """A whole one, built with BatchNorm, is the one that is built with MABN."""
+    cfg = narrow_cfg()
+    wanted = build_model(cfg)
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        cfg.MODEL[node].NORM = "BN"
+    model = build_model(cfg)
+    keys = {name for name, _ in model.named_parameters()}
+    convert_mabn(model, **norm_settings(cfg))
+    assert sum(isinstance(m, MABN2d) for m in model.modules()) == 69
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert {name for name, _ in model.named_parameters()} == keys
+    assert model.state_dict().keys() == wanted.state_dict().keys()
+    wanted.load_state_dict(model.state_dict())
+    inputs, losses = training_inputs(96, 96), []
+    for each in (model, wanted):
+        torch.manual_seed(0)
+        with EventStorage():
+            losses.append(sum(each.train()(inputs).values()))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_detectron2s_modules():
