@@ -105,7 +105,7 @@ def _config(state):
     fc = shape("roi_heads.box_head.fc1.weight")
     classes = shape("roi_heads.box_predictor.cls_score.weight")[0] - 1
     config = resnet_config(resnet) | {
-        "MODEL.BACKBONE.NAME": f"build_{'mabn_' if fpn_norm else ''}resnet_fpn_backbone",
+        "MODEL.BACKBONE.NAME": "build_any_norm_resnet_fpn_backbone",
         "MODEL.RESNETS.NORM": NORM,
         "MODEL.FPN.NORM": NORM if fpn_norm else "",
         "MODEL.FPN.OUT_CHANNELS": fpn_channels,
