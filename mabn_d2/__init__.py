@@ -21,7 +21,7 @@ if find_spec("detectron2"):
     )
     from .config import add_mabn_config
     from .data import LIT_SCENES, register_digit_scenes
-    from .modeling import configure_mabn, convert_mabn
+    from .modeling import configure_mabn, convert_mabn, fuse_relu, unfuse_relu
 
     register_digit_scenes()
     register_digit_scenes(name="digit_scenes_lit", params=LIT_SCENES)
@@ -34,7 +34,9 @@ if find_spec("detectron2"):
         "convert_imagenet",
         "convert_mabn",
         "fold_mabn",
+        "fuse_relu",
         "register_digit_scenes",
+        "unfuse_relu",
         "update_mabn_stats",
         "warn_of_differences",
     ]

@@ -20,7 +20,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from mabn_d2 import configure_mabn
+from mabn_d2 import configure_mabn, fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.engine import launch, one_line_errors
 from mabn_d2.engine.hooks import StopOnSignal
@@ -30,12 +30,12 @@ from mabn_d2.layers import BatchRenorm2d
 
 
 def build_model(cfg):
-    """Return the model on train.device, its MABN layers set by train.mabn."""
+    """Return the model on train.device, its MABN layers set by train.mabn, ReLU fused."""
     model = instantiate(cfg.model).to(cfg.train.device)
     for module in model.modules():
         if isinstance(module, BatchRenorm2d):
             module.configure(**cfg.train.get("brn", {}))
-    return configure_mabn(model, **cfg.train.get("mabn", {}))
+    return fuse_relu(configure_mabn(model, **cfg.train.get("mabn", {})))
 
 
 def evaluate(cfg, model):

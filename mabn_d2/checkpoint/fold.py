@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import add_mabn_config
 from ..layers import MABN2d, PerLevelNorm, center_weight
+from ..modeling.fuse import unfuse_relu
 from ..modeling.norm import CENTRED, NORM, detectron2_build_model
 from .io import CheckpointError
 from .state import WINDOWS, check, unwrap
@@ -33,7 +34,7 @@ _STOCK_NAMES = {
 
 
 class FrozenBatchNormReLU2d(FrozenBatchNorm2d):
-    """FrozenBatchNorm2d for a norm whose ReLU was fused; its state is FrozenBatchNorm2d's."""
+    """FrozenBatchNorm2d for a norm made with activation="relu"; its state is the same."""
 
     def forward(self, x):
         return super().forward(x).relu()
@@ -58,7 +59,7 @@ def fold_mabn(model, into="frozen_bn"):
     """
     if into not in INTO:
         raise ValueError(f"into is {into!r}: use one of {', '.join(INTO)}")
-    return _fold(deepcopy(model), into)
+    return _fold(unfuse_relu(deepcopy(model)), into)
 
 
 def _fold(model, into):
@@ -156,7 +157,7 @@ def fold_detector(model, cfg, into="frozen_bn"):
     Raises:
         CheckpointError: if stock Detectron2 does not build such a model.
     """
-    model = deepcopy(model)
+    model = unfuse_relu(deepcopy(model))  # stock models have the ReLU in its own place
     for module in list(model.modules()):
         if isinstance(module, CNNBlockBase):
             _fold(module, "frozen_bn")

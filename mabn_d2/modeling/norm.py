@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
+from .fuse import fuse_relu
 
 NORM = "MABN"
 RENORM = "BRN"
@@ -199,13 +200,16 @@ def configure_mabn(model, **settings):
 
 
 def build_model(cfg):
-    """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN."""
+    """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN.
+
+    MABN layers have the ReLU behind them (`fuse_relu`).
+    """
     model = detectron2_build_model(cfg)
     renorm = renorm_settings(cfg)
     for module in model.modules():
         if isinstance(module, BatchRenorm2d):
             module.configure(**renorm)
-    return configure_mabn(model, **norm_settings(cfg))
+    return fuse_relu(configure_mabn(model, **norm_settings(cfg)))
 
 
 def _replace(old, new):
