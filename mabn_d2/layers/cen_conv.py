@@ -30,7 +30,8 @@ class _CenConv(torch.autograd.Function):
             dy, x, center_weight(weight).to(ctx.dtype), ctx.bias and ctx.bias[1], *ctx.geometry, needed
         )
         if dweight is not None:
-            dweight = center_weight(dweight.to(weight.dtype))
+            dweight = dweight.to(weight.dtype)
+            dweight.sub_(dweight.mean(dim=(1, 2, 3), keepdim=True))  # nobody else has it
         if dbias is not None:
             dbias = dbias.to(ctx.bias[0])
         return dx, dweight, dbias, *(None,) * 7

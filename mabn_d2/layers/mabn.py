@@ -206,7 +206,7 @@ class MABN2d(nn.Module):
             )
         if not (self.training and self.weight.requires_grad) or x.numel() == 0:
             y = functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps)
-            return y.relu() if self.activation else y
+            return y.relu_() if self.activation else y
         x = kernels.dense(x)
         counts = torch.is_grad_enabled()
         repeats = not torch.compiler.is_compiling() and _in_backward() and self._records
@@ -233,7 +233,7 @@ class MABN2d(nn.Module):
                 self.buffer_gz,
                 statistics.plain,
             )
-            return y.relu() if self.activation else y
+            return y.relu_() if self.activation else y
         return functional.mabn_train(
             x,
             self.weight,
