@@ -10,6 +10,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from mabn_d2.engine import ConfigError
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 
@@ -135,5 +136,7 @@ def test_settings_of_several_processes(tmp_path):
         assert net["used"].weight.grad[0, 0] == 2 * torch.tensor(1 / 3).half().float()
         with pytest.raises(TypeError, match="no_such"):
             LAUNCHER["distribute"](net, "cpu", no_such=True)
+        with pytest.raises(ConfigError, match='use "naiveSyncBN"'):
+            LAUNCHER["distribute"](torch.nn.SyncBatchNorm(4), "cpu")
     finally:
         torch.distributed.destroy_process_group()

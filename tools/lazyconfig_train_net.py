@@ -18,11 +18,12 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from mabn_d2 import configure_mabn, fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
-from mabn_d2.engine import launch, one_line_errors
+from mabn_d2.engine import ConfigError, launch, one_line_errors
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.statistics import LogStatistics
 from mabn_d2.engine.step import GuardedDDP, GuardedTrainer
@@ -49,8 +50,12 @@ def evaluate(cfg, model):
 
 def distribute(model, device, fp16_compression=False, **settings):
     """`detectron2.engine.create_ddp_model` with GuardedDDP, on the CPU too."""
-    devices = None if torch.device(device).type == "cpu" else [comm.get_local_rank()]
-    model = GuardedDDP(model, device_ids=devices, **settings)
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ConfigError(
+            'the model has "SyncBN", which needs GPUs where several processes train: use "naiveSyncBN"'
+        )
+    model = GuardedDDP(model, device_ids=None if on_cpu else [comm.get_local_rank()], **settings)
     if fp16_compression:
         model.register_comm_hook(state=None, hook=fp16_compress_hook)
     return model
@@ -59,10 +64,10 @@ def distribute(model, device, fp16_compression=False, **settings):
 def train(cfg, model, resume):
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
     bare = model
     if comm.get_world_size() > 1:
         model = distribute(model, cfg.train.device, **cfg.train.ddp)
+    loader = instantiate(cfg.dataloader.train)
     trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.train.amp.enabled)
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()
