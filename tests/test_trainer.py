@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,9 +8,7 @@ from detectron2.evaluation import COCOEvaluator
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.layers import MABN2d
 
-from conftest import ROOT
-
-CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+from commands import train
 
 
 def flat(state):
@@ -98,67 +92,20 @@ def test_check_config(digits_cfg, key, value, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def run(*arguments):
-    process = start(*arguments, stderr=subprocess.PIPE)
-    stdout, stderr = process.communicate(timeout=280)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def start(*arguments, stderr=subprocess.STDOUT, **options):
-    command = [sys.executable, "tools/train_net.py", "--config-file", CONFIG, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "PYTHONWARNINGS": "ignore"}  # Detectron2's own
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
-        **options,
-    )
-
-
-def test_bad_command_is_one_line():
-    for arguments, message in (
-        (["MODEL.MABN.WARMUP", 3], "MODEL.MABN.WARMUP"),
-        (["MODEL.WEIGHTS", "weights/R50-wc.pth"], "convert_weights.py imagenet"),
-        (["SOLVER.IMS_PER_BATCH", 3, "MODEL.WEIGHTS", ""], "multiple of the 2"),
-    ):
-        done = run("--num-gpus", 2, *arguments)
-        assert done.returncode == 1 and message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_signal_to_the_parent_of_two_processes(tmp_path, whole_group):
-    """From a scheduler to the parent, or from a terminal to all: the same, once."""
-    number = signal.SIGINT if whole_group else signal.SIGTERM
-    arguments = ["--num-gpus", "2", "--dist-url", "auto", "OUTPUT_DIR", tmp_path, "DATASETS.TEST",
-                 "()", "SOLVER.MAX_ITER", "100000"]
-    process = start(*arguments, start_new_session=True)
-    lines, sent = [], False
-    for line in process.stdout:
-        lines.append(line)
-        if "iter: 19 " in line and not sent:
-            sent = True
-            (os.killpg if whole_group else os.kill)(process.pid, number)
-    assert process.wait(timeout=60) == 128 + number, "".join(lines[-30:])
-    assert not [line for line in lines if "Traceback" in line], "".join(lines[-30:])
-    iteration = int((tmp_path / "last_checkpoint").read_text()[len("model_") : -len(".pth")])
-    state = torch.load(tmp_path / f"model_{iteration:07d}.pth", weights_only=False)
-    assert 19 <= state["iteration"] == iteration < 100
-
-
 def test_two_processes_train_resume_and_evaluate(tmp_path):
     """The command of the README with two gloo ranks: 3 iterations, 2 more, evaluation."""
     small = ["MODEL.RESNETS.DEPTH", 10, "OUTPUT_DIR", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 3,
              "TEST.DETECTIONS_PER_IMAGE", 5]
     base = ["--num-gpus", 2, "--dist-url", "auto"]
-    first = run(*base, *small, "SOLVER.MAX_ITER", 3, "DATASETS.TEST", "()")
+    first = train(*base, *small, "SOLVER.MAX_ITER", 3, "DATASETS.TEST", "()")
     assert first.returncode == 0, first.stderr[-3000:]
-    second = run(*base, "--resume", *small, "SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
+    second = train(*base, "--resume", *small, "SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
     assert second.returncode == 0, second.stderr[-3000:]
     assert "Starting training from iteration 3" in second.stdout
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert state["iteration"] == 4
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 5
-    third = run(*base, "--resume", "--eval-only", *small)
+    third = train(*base, "--resume", "--eval-only", *small)
     assert third.returncode == 0, third.stderr[-3000:]
     assert "copypaste: Task: segm" in third.stdout
 
@@ -167,7 +114,7 @@ def test_the_synchronized_norm_that_the_cpu_takes(tmp_path):
     """What the refusal of SyncBN recommends."""
     norms = [item for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
              for item in (f"MODEL.{node}.NORM", "naiveSyncBN")]
-    done = run("--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()",
+    done = train("--num-gpus", 2, "--dist-url", "auto", "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()",
                "SOLVER.MAX_ITER", 2, *norms)
     assert done.returncode == 0, done.stderr[-3000:]
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]

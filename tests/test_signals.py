@@ -1,0 +1,43 @@
+"""SIGTERM and SIGINT to real processes: the iteration ends, a checkpoint is written."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from commands import CONFIG, SMALL, assert_ended, start
+
+
+@pytest.mark.parametrize(
+    "number, whole_group, processes",
+    [
+        pytest.param(number, whole_group, processes, marks=[] if fast else [pytest.mark.slow])
+        for number in (signal.SIGTERM, signal.SIGINT)
+        for whole_group in (False, True)
+        for processes, fast in (
+            (1, whole_group == (number == signal.SIGTERM)),
+            (2, whole_group == (number == signal.SIGINT)),
+        )
+    ],
+)
+def test_signal_writes_a_checkpoint(tmp_path, number, whole_group, processes):
+    """From a user to the process or the parent of several, from a scheduler or a terminal to all:
+    the same, once. Loader workers are in the group too."""
+    process = start(
+        "train_net.py", "--num-gpus", processes, "--dist-url", "auto", "--config-file", CONFIG, *SMALL,
+        "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 100000,
+        "DATALOADER.NUM_WORKERS", 2, start_new_session=True,
+    )  # fmt: skip
+    lines, sent = [], False
+    for line in process.stdout:
+        lines.append(line)
+        if "iter: 19 " in line and not sent:
+            sent = True
+            (os.killpg if whole_group else os.kill)(process.pid, number)
+    assert process.wait(timeout=60) == 128 + number, "".join(lines[-30:])
+    assert not [line for line in lines if "Traceback" in line], "".join(lines[-30:])
+    iteration = int((tmp_path / "last_checkpoint").read_text()[len("model_") : -len(".pth")])
+    state = torch.load(tmp_path / f"model_{iteration:07d}.pth", weights_only=False)
+    assert 19 <= state["iteration"] == iteration < 200
+    assert_ended(process.pid)
