@@ -1,7 +1,8 @@
 """Moving Average Batch Normalization (ICLR 2020) for Detectron2.
 
 Importing this package registers it with Detectron2, if there is one: the norm types "MABN" and
-"BRN", the backbones `build_mabn_*`, the datasets `digit_scenes_*`. `mabn_d2.layers` needs torch only.
+"BRN", the backbones `build_mabn_*` and `build_any_norm_*`, a box head, the datasets `digit_scenes_*`.
+`mabn_d2.layers` needs torch only.
 """
 
 from importlib.util import find_spec

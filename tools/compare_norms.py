@@ -16,7 +16,6 @@ curves.png, predictions.png (the first seed's); the runs themselves lie in runs/
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from detectron2.engine import default_setup
 from tabulate import tabulate
 
 from mabn_d2.checkpoint.io import atomic_file
-from mabn_d2.engine import ConfigError, Trainer, setup_config
+from mabn_d2.engine import ConfigError, Trainer, one_line_errors, setup_config
 from mabn_d2.visualization import draw_predictions, plt, read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs/digits/compare_mask_rcnn_R10_FPN.yaml"
@@ -61,10 +60,11 @@ def check_same_config(cfg):
     """Raise ConfigError if OUTPUT_DIR holds a run, finished or not, of another config."""
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if path.exists():
-        # Where the folder lies does not matter.
-        old, new = (yaml.safe_load(text) | {"OUTPUT_DIR": ""} for text in (path.read_text(), cfg.dump()))
-        if old != new:
-            raise ConfigError(f"{path} is of another config: remove its folder, or name another --output")
+        old, new = yaml.safe_load(path.read_text()), yaml.safe_load(cfg.dump())
+        if old | {"OUTPUT_DIR": ""} != new | {"OUTPUT_DIR": ""}:  # a folder may be moved
+            raise ConfigError(
+                f"{path} is of another config: remove its folder, or name another --output"
+            )
 
 
 def train(cfg, args):
@@ -144,6 +144,7 @@ def draw_page(configs, path):
     plt.close(figure)
 
 
+@one_line_errors()
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,12 +159,9 @@ def main(arguments=None):
     args.output.mkdir(parents=True, exist_ok=True)
     # All rows of a seed before the next: an early look is a fair one.
     runs = [(row, seed) for seed in args.seeds for row in args.rows]
-    try:
-        configs = {run: make_config(args, *run) for run in runs}
-        for cfg in configs.values():
-            check_same_config(cfg)
-    except ConfigError as error:
-        sys.exit(f"compare_norms.py: {error}")
+    configs = {run: make_config(args, *run) for run in runs}
+    for cfg in configs.values():
+        check_same_config(cfg)
     results = {}
     for run, cfg in configs.items():
         results[run] = train(cfg, args)
