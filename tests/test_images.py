@@ -3,8 +3,10 @@
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mabn_d2.data.digit_crops import CropParams, make_digit_crops
 from mabn_d2.data.images import (
@@ -14,6 +16,7 @@ from mabn_d2.data.images import (
     build_train_loader,
     build_val_loader,
     check_classes,
+    read_image,
     train_transform,
     val_transform,
 )
@@ -44,7 +47,7 @@ def test_batches_depend_on_the_iteration_alone(folder):
     train = images(folder)
     straight = take(build_train_loader(train, 8, seed=3), 9)
     resumed = take(build_train_loader(train, 8, seed=3, start=4, workers=2), 5)
-    for (a, la, _), (b, lb, _) in zip(straight[4:], resumed, strict=True):
+    for (a, la, *_), (b, lb, *_) in zip(straight[4:], resumed, strict=True):
         assert torch.equal(a, b) and torch.equal(la, lb)
     assert straight[0][0].shape == (8, 3, 24, 24) and straight[0][0].dtype == torch.uint8
     other = take(build_train_loader(train, 8, seed=4), 1)
@@ -61,21 +64,50 @@ def test_every_image_comes_once_a_pass_over_the_ranks():
 
 def test_each_val_image_belongs_to_one_rank(folder):
     val = images(folder, "val", "drop")
-    counts = [[len(labels) for _, labels, _ in build_val_loader(val, 8, 0, r, 2)] for r in (0, 1)]
+    counts = [[len(labels) for _, labels, *_ in build_val_loader(val, 8, 0, r, 2)] for r in (0, 1)]
     assert counts == [[8, 8, 8, 1], [8, 8, 8]]
 
 
 def test_a_file_that_is_no_image_is_skipped_and_named(folder):
     path = damage(folder / "train")
     batches = take(build_train_loader(images(folder), 8, seed=0), 8)
-    assert [p for *_, bad in batches for p in bad] == [path]
-    assert all(len(labels) == 8 for _, labels, _ in batches)
+    assert [p for *_, bad, _ in batches for p in bad] == [path]
+    assert all(len(labels) == 8 for _, labels, *_ in batches)
     path = damage(folder / "val")
     batches = list(build_val_loader(images(folder, "val", "drop"), 8))
-    assert sum(len(labels) for _, labels, _ in batches) == 48
-    assert [p for *_, bad in batches for p in bad] == [path]
-    with pytest.raises(ImagesError, match="can't be read"):
-        list(build_val_loader(images(folder, "val", "error"), 8))
+    assert sum(len(labels) for _, labels, *_ in batches) == 48
+    assert [p for *_, bad, _ in batches for p in bad] == [path]
+    for workers in (0, 1):
+        with pytest.raises(ImagesError) as error:
+            list(build_val_loader(images(folder, "val", "error"), 8, workers))
+        assert str(error.value).startswith(f"{path} can't be read (")
+        assert str(error.value).endswith("): mend or remove it") and "\n" not in str(error.value)
+
+
+def test_an_image_too_large_to_decode_is_a_bad_one(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)  # DecompressionBombError above twice
+    with pytest.raises(ImagesError, match="decompression bomb"):
+        images(folder, "val", "error")[0, 0]
+    assert images(folder, "val", "drop")[0, 0][0] is None
+
+
+def test_levels_are_those_of_the_rgb_original(tmp_path):
+    levels = torch.randint(256, (20, 30, 3), dtype=torch.uint8).numpy()
+    rgb = Image.fromarray(levels)
+    grey = levels[..., 0]
+    for name, image, expected in (
+        ("rgb.png", rgb, levels),
+        ("l.png", Image.fromarray(grey), grey[..., None]),
+        ("i16.png", Image.fromarray(grey.astype(np.uint16) * 256 + 255), grey[..., None]),
+        ("i32.tif", Image.fromarray(grey.astype(np.int32) * 256 + 255), grey[..., None]),
+        ("rgba.png", rgb.convert("RGBA"), levels),
+        ("cmyk.tif", rgb.convert("CMYK"), levels),
+        ("palette.png", rgb.quantize(16), np.asarray(rgb.quantize(16).convert("RGB"))),
+    ):
+        image.save(tmp_path / name)
+        found = read_image(tmp_path / name)
+        assert found.mode == "RGB"
+        assert (np.asarray(found) == expected).all(), name
 
 
 def test_bad_folders_are_named(folder, tmp_path):

@@ -10,12 +10,15 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from detectron2.utils import comm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,10 +33,16 @@ from mabn_d2.data.images import (
     train_transform,
     val_transform,
 )
+from mabn_d2.engine.hooks import StopOnSignal
+from mabn_d2.engine.step import MAX_REJECTED
 from mabn_d2.modeling.classifier import ARCHS, NORMS, build_classifier
 
 # Levels of 0-255, as (mean, std) of RGB.
 TORCHVISION = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+
+# What a run may go on with otherwise than it began; anything else would make it another run.
+MAY_CHANGE = {"data", "output", "checkpoint", "device", "workers", "strict", "resume", "test_only",
+              "log_period", "checkpoint_period"}
 
 
 def parse_args(argv=None):
@@ -72,7 +81,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--strict", action="store_true",
         help="an image that can't be read is an error; otherwise skipped, counted, named")
-    add("--resume", default="no", choices=("no", "auto"), help="auto: from --output, if there")
+    add("--resume", default="no", choices=("no", "auto"), help="auto: go on with the run in --output, if there is one")
     add("--checkpoint-period", type=int, default=0, metavar="ITERATIONS", help="0: every epoch")
     add("--log-period", type=int, default=50, metavar="ITERATIONS")
     add("--test-only", action="store_true")
@@ -103,13 +112,19 @@ def learning_rate(args, iteration, epoch_iters):
     return args.lr * 0.1 ** sum(iteration >= step * epoch_iters for step in args.steps)
 
 
+@lru_cache
+def torchvision_levels(device):
+    """TORCHVISION on the device, once: a copy in every iteration would wait for the device."""
+    return [torch.tensor(values, device=device)[:, None, None] for values in TORCHVISION]
+
+
 def to_input(images, args, device):
     """(N, 3, H, W) uint8 RGB -> what the network takes, on the device."""
     images = images.to(device, non_blocking=True).float()
     if args.bgr255:
         images = images.flip(1)
     else:
-        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in TORCHVISION)
+        mean, std = torchvision_levels(device)
         images = (images - mean) / std
     return images.contiguous(memory_format=torch.channels_last) if args.channels_last else images
 
@@ -134,11 +149,11 @@ def average_statistics(model):
 
 @torch.inference_mode()
 def evaluate(model, loader, args, device):
-    """Return {"top1", "top5"} errors in %, images, and bad paths; exact over all ranks."""
+    """Return top-1 and top-5 errors in %, images, and paths of bad ones; exact over all ranks."""
     model.eval()
     right1, right5, count, bad = 0, 0, 0, []
     hidden = dist.is_initialized() and dist.get_rank() > 0
-    for images, labels, bad_paths in tqdm(loader, "test", leave=False, disable=hidden or None):
+    for images, labels, bad_paths, _ in tqdm(loader, "test", leave=False, disable=hidden or None):
         bad += bad_paths
         if not len(labels):
             continue
@@ -147,12 +162,13 @@ def evaluate(model, loader, args, device):
         best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(device)[:, None]
         right1, right5 = right1 + best[:, 0].sum(), right5 + best.sum()
         count += len(labels)
-    right1, right5, count, num_bad = reduce_sum([right1, right5, count, len(bad)], device)
+    right1, right5, count = reduce_sum([right1, right5, count], device)
+    bad = sum(comm.all_gather(bad), [])
     model.train()
     if not count:
         raise ImagesError("no image of val/ can be read")
     errors = {"top1_error": 100 * (1 - right1 / count), "top5_error": 100 * (1 - right5 / count)}
-    return {**errors, "images": int(count), "bad_images": int(num_bad)}, bad
+    return {**errors, "images": int(count), "bad_images": len(bad), "bad_paths": bad}
 
 
 def load_checkpoint(model, path, args):
@@ -174,26 +190,76 @@ def load_checkpoint(model, path, args):
     return checkpoint
 
 
+def check_output(args):
+    """Raise ValueError, before data is read, if --output can't be written to or holds a run."""
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {folder} can't be written to: {error.strerror}") from error
+    if args.resume == "no" and (folder / "checkpoint.pth").exists():
+        raise ValueError(
+            f"--output {folder} holds a run: add --resume auto to go on with it, or name another"
+        )
+
+
+def check_resume(checkpoint, path, settings):
+    """Raise CheckpointError unless the checkpoint is of a run with the same settings."""
+    if missing := {"optimizer", "iteration", "result", "args"} - checkpoint.keys():
+        raise CheckpointError(
+            f"{path} is no run to go on with, it lacks {', '.join(sorted(missing))}: start from its "
+            "weights by --checkpoint, with another --output"
+        )
+    saved = checkpoint["args"]
+    other = [
+        f"--{name.replace('_', '-')} {saved[name]}, not {value}"
+        for name, value in settings.items()
+        if name not in MAY_CHANGE and name in saved and saved[name] != value
+    ]
+    if other:
+        raise CheckpointError(
+            f"{path} is of a run with {'; '.join(other)}: go on with its settings, or name another "
+            "--output"
+        )
+
+
 def main(args):
-    """Train, or test only; return the last test's result."""
+    """Train, or test only; return the last test's result.
+
+    Raises:
+        SystemExit: 128 + signal, after SIGTERM or SIGINT and a checkpoint.
+    """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device(args.device)
+    if not args.test_only:
+        check_output(args)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True
-    if args.norm == "syncbn" and (device.type != "cuda" or world_size == 1):
-        raise ValueError("--norm syncbn needs several GPUs: use torchrun, or --norm bn")
+    if args.norm == "syncbn" and device.type == "cpu" and world_size > 1:
+        raise ValueError(
+            "--norm syncbn over several processes needs GPUs, torch has none for the CPU: use one "
+            "process, or --norm bn"
+        )
     own_group = world_size > 1 and not dist.is_initialized()
     if own_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    stop = StopOnSignal(None)
     try:
-        return run(args, device, world_size, rank)
+        if not args.test_only:
+            stop.before_train()
+        return run(args, device, world_size, rank, stop)
     finally:
+        stop.after_train()
         if own_group:
             dist.destroy_process_group()
 
 
-def run(args, device, world_size, rank):
+def run(args, device, world_size, rank, stop):
+    settings = {**vars(args), "processes": world_size}
+
     # Data: both splits are checked before anything is built.
     bad = ("error", "error") if args.strict else ("next", "drop")
     folder = Path(args.data)
@@ -214,19 +280,24 @@ def run(args, device, world_size, rank):
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, args)
     if args.test_only:
-        result, bad_paths = evaluate(model, val_loader, args, device)
+        result = evaluate(model, val_loader, args, device)
         if rank == 0:
             print(json.dumps({"checkpoint": args.checkpoint, **result}))
         return result
 
+    params = list(model.parameters())
+    # The fused SGD leaves out a step on the device, where `found_inf` is: nobody waits for it.
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
+        params, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
+    for param in params:  # undefined after a first step that was left out
+        optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
     output = Path(args.output)
     latest = output / "checkpoint.pth"
     start, result = 0, None
     if args.resume == "auto" and latest.exists():
         checkpoint = load_checkpoint(model, latest, args)
+        check_resume(checkpoint, latest, settings)
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, result = checkpoint["iteration"], checkpoint["result"]
     parallel = model
@@ -243,7 +314,8 @@ def run(args, device, world_size, rank):
     )
     writer = None
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
+        for partial in output.glob(f".{latest.name}.*.partial"):  # of a run that was killed
+            partial.unlink()
         writer = SummaryWriter(output)
 
     def log(**values):
@@ -257,17 +329,18 @@ def run(args, device, world_size, rank):
 
     model.train()
     bar = tqdm(total=total, initial=start, disable=True if rank else None)
-    loss_sum, waited, images_seen, num_bad = torch.zeros((), device=device), 0.0, 0, 0
+    # On the device, since the last log entry: sum of losses, rejected batches; those in a row.
+    loss_sum, rejected, in_a_row = torch.zeros(3, device=device)
+    waited, loaded, iterations, bad = 0.0, 0.0, 0, []
     began = time.perf_counter()
     for iteration in range(start, total):
         done = iteration + 1
         before = time.perf_counter()
-        images, labels, bad_paths = next(batches)
-        waited += time.perf_counter() - before
+        images, labels, bad_paths, seconds = next(batches)
+        waited, loaded = waited + time.perf_counter() - before, loaded + seconds
         if bad_paths:
-            num_bad += len(bad_paths)
-            bar.write(f"skipped, can't be read ({num_bad} so far): {', '.join(bad_paths)}", sys.stderr)
-            log(skipped=num_bad, skipped_paths=bad_paths)
+            bad += bad_paths
+            bar.write(f"skipped, can't be read: {', '.join(bad_paths)}", sys.stderr)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, iteration, epoch_iters)
@@ -277,43 +350,57 @@ def run(args, device, world_size, rank):
         loss = F.cross_entropy(scores.float(), labels, label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
+        # A batch with gradients that are not finite, the same on all ranks, moves no parameter.
+        reject = ~torch.stack(torch._foreach_norm([p.grad for p in params])).isfinite().all()
+        optimizer.found_inf = reject.float()
         optimizer.step()
-        loss_sum += loss.detach()
-        images_seen += len(labels)
+        loss_sum += torch.where(reject, 0, loss.detach())
+        rejected += reject
+        in_a_row = (in_a_row + 1) * reject
+        iterations += 1
         bar.update()
 
+        received = max(comm.all_gather(stop.received))  # all ranks stop in the same iteration
         ends_epoch = done % epoch_iters == 0
-        saves = done % (args.checkpoint_period or epoch_iters) == 0 or done == total
+        saves = done % (args.checkpoint_period or epoch_iters) == 0 or done == total or received
         if done % args.log_period == 0 or ends_epoch or saves:
-            # The one synchronization with the device; all ranks see the same sum.
-            (total_loss,) = reduce_sum([loss_sum.item()], device)
+            # The one synchronization with the device.
+            sums = torch.stack([loss_sum, rejected, in_a_row]).tolist()
+            total_loss, total_loaded = reduce_sum([sums[0], loaded], device)
             seconds = time.perf_counter() - began
-            count = (images_seen / args.batch_size) * world_size
-            if not math.isfinite(total_loss):
-                raise FloatingPointError(
-                    f"the loss is {total_loss} after iteration {done}: lower --lr or add "
-                    f"--warmup-epochs, and go on from {latest} with --resume auto"
-                )
-            mean_loss = total_loss / count
+            count = iterations * args.batch_size * world_size
+            learned = (iterations - sums[1]) * world_size
+            mean_loss = total_loss / learned if learned else math.nan
+            bad = sum(comm.all_gather(bad), [])
             log(
                 loss=mean_loss,
                 lr=optimizer.param_groups[0]["lr"],
-                images_per_second=images_seen * world_size / seconds,
+                images_per_second=count / seconds,
+                # What the loader processes deliver when nobody lets them wait.
+                loader_images_per_second=count * world_size * max(args.workers, 1) / total_loaded,
                 loader_wait=waited / seconds,
+                rejected_batches=int(sums[1]),
+                bad_images=len(bad),
+                bad_paths=bad,
             )
+            if sums[2] >= MAX_REJECTED:
+                raise FloatingPointError(
+                    f"{sums[2]:.0f} batches in a row up to iteration {done} have gradients that are "
+                    "not finite: lower --lr or add --warmup-epochs, with another --output"
+                )
             bar.set_postfix(loss=f"{mean_loss:.3f}", wait=f"{waited / seconds:.0%}")
             loss_sum.zero_()
-            waited, images_seen = 0.0, 0
+            rejected.zero_()
+            waited, loaded, iterations, bad = 0.0, 0.0, 0, []
             began = time.perf_counter()
         if ends_epoch or saves:
             average_statistics(model)
         if ends_epoch or done == total:
-            result, bad_paths = evaluate(model, val_loader, args, device)
+            result = evaluate(model, val_loader, args, device)
             log(epoch=done / epoch_iters, **result)
             result["train_loss"] = mean_loss  # since the last log entry
-            if bad_paths:
-                bar.write(f"not tested, can't be read: {', '.join(bad_paths)}", sys.stderr)
-            bar.write(f"epoch {done / epoch_iters:.0f}: " + json.dumps(result), sys.stderr)
+            if rank == 0:
+                bar.write(f"epoch {done / epoch_iters:.0f}: {json.dumps(result)}", sys.stderr)
             began = time.perf_counter()
         if saves and rank == 0:
             with atomic_file(latest) as file:
@@ -324,8 +411,12 @@ def run(args, device, world_size, rank):
                     "arch": args.arch,
                     "norm": args.norm,
                     "result": result,
-                    "args": vars(args),
+                    "args": settings,
                 }, file)
+        if received:
+            comm.synchronize()  # no rank may leave before the checkpoint is whole
+            bar.write(f"stopped after iteration {done}: go on with --resume auto", sys.stderr)
+            raise SystemExit(128 + received)
     bar.close()
     if writer:
         writer.close()
@@ -335,5 +426,5 @@ def run(args, device, world_size, rank):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ImagesError, CheckpointError, FloatingPointError, ValueError, TypeError) as error:
+    except (FloatingPointError, OSError, TypeError, ValueError) as error:
         sys.exit(f"train_imagenet.py: {error}")

@@ -82,8 +82,15 @@ def _write_split(folder, split, params):
 
 
 if __name__ == "__main__":
-    import sys
+    import argparse
 
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m mabn_d2.data.digit_crops FOLDER")
-    print(make_digit_crops(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Makes the digit crops in FOLDER.")
+    parser.add_argument("folder", metavar="FOLDER")
+    for split in SPLITS:
+        default = getattr(CropParams, f"num_{split}")
+        parser.add_argument(f"--num-{split}", type=int, default=default, metavar="IMAGES")
+    args = vars(parser.parse_args())
+    try:
+        print(make_digit_crops(args.pop("folder"), CropParams(**args)))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"digit_crops: {error}\n")

@@ -1,20 +1,32 @@
 """Folders of images for classification: transforms, bad files, batches that resume exactly."""
 
-import logging
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from .loader import mix, seeded
 
-_logger = logging.getLogger(__name__)
-
 
 class ImagesError(ValueError):
     """One line that names the folder or file, what is wrong and what to do."""
+
+    def __init__(self, message):
+        # A loader process hands on its whole traceback, which ends with the line.
+        super().__init__(message.strip().rpartition("ImagesError: ")[2])
+
+
+def read_image(path):
+    """Return the file as a PIL image in RGB; levels of 16 bits are scaled to 8, not clipped."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def train_transform(size, augment=True):
@@ -57,29 +69,38 @@ class Images(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        """Return (image or None, label, paths of bad files)."""
+        """Return (image or None, label, paths of bad files, seconds it took)."""
         index, seed = key
-        bad = []
+        start, bad = time.perf_counter(), []
         while len(bad) < len(self):
             path, label = self.images.samples[(index + len(bad)) % len(self)]
             try:
-                with seeded(seed):
-                    return self.transform(self.images.loader(path)), label, bad
-            # What PIL raises for files that are no image, truncated or damaged.
-            except (OSError, ValueError, SyntaxError) as error:
+                image = read_image(path)
+            except Exception as error:  # damaged files make PIL raise anything
                 if self.bad == "error":
-                    raise ImagesError(f"{path} can't be read ({error}): mend or remove it") from error
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    raise ImagesError(f"{path} can't be read ({reason}): mend or remove it") from error
                 bad.append(path)
                 if self.bad == "drop":
-                    return None, label, bad
+                    return None, label, bad, time.perf_counter() - start
+            else:
+                with seeded(seed):
+                    return self.transform(image), label, bad, time.perf_counter() - start
         raise ImagesError(f"none of the {len(self)} images of {self.images.root} can be read")
 
 
 def collate(samples):
-    """Return images (N, 3, H, W) uint8, labels (N,) and the paths of bad files."""
-    good = [(image, label) for image, label, _ in samples if image is not None]
+    """Return images (N, 3, H, W) uint8, labels (N,), paths of bad files, the images' seconds."""
+    good = [(image, label) for image, label, *_ in samples if image is not None]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 1, 1)
-    return images, torch.tensor([label for _, label in good]), sum((b for *_, b in samples), [])
+    labels = torch.tensor([label for _, label in good])
+    return images, labels, sum((s[2] for s in samples), []), sum(s[3] for s in samples)
+
+
+def ignore_signals(worker):
+    """A signal to the process group must not end loader processes in mid-iteration."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ShuffledBatches:
@@ -114,12 +135,13 @@ class ShuffledBatches:
 
 
 def build_train_loader(images, batch_size, seed, start=0, workers=0, rank=0, world_size=1):
-    """Return an endless loader of (images, labels, bad paths), from iteration `start` on."""
+    """Return an endless loader of what `collate` returns, from iteration `start` on."""
     return torch.utils.data.DataLoader(
         images,
         batch_sampler=ShuffledBatches(len(images), batch_size, seed, rank, world_size, start),
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         # Its own, for the workers' seeds: starting them must not draw from the model's.
         generator=torch.Generator().manual_seed(seed),
@@ -134,6 +156,7 @@ def build_val_loader(images, batch_size, workers=0, rank=0, world_size=1):
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
