@@ -226,7 +226,7 @@ def mabn_fused(
     """Return y and the Statistics (see mabn.py) of an input: `advance`, then `mabn_train`.
 
     Args:
-        operators: a module with `normalize` and `normalize_backward`, see native.py.
+        operators: a module with `normalize` and `normalize_backward`, see operators.py.
         state: buffer_x2, running_var, iters, rejected, of which all move if `counts`.
         settings: eps, momentum, warmup_iters, clip_start, clip_limit of MABN2d.
         batch_size: of the split form (see split.py), else 0.

@@ -1,11 +1,11 @@
 """The passes over whole activations: two reductions and two per-channel combinations.
 
-On a CPU, float32 and bfloat16 go through the compiled operators of `native.py`, if they are
-installed. Elsewhere most are torch's own batch-norm kernels in their evaluation form, with a mean of
-zero and a variance of one: exactly one pass, vectorized, threaded and aware of memory format on
-every device. What looks more natural (`x.square().mean`, `torch.var_mean`, `batch_norm_update_stats`)
-measured 1.5 to 10 times slower on CPU. There, in float32, some combinations are still faster by
-`mul` and `addcmul`; in half precision those would round the vectors.
+What `operators.find` finds does them: compiled operators on a CPU, Triton's on a GPU. Elsewhere most
+are torch's own batch-norm kernels in their evaluation form, with a mean of zero and a variance of one:
+exactly one pass, vectorized, threaded and aware of memory format on every device. What looks more
+natural (`x.square().mean`, `torch.var_mean`, `batch_norm_update_stats`) measured 1.5 to 10 times slower
+on CPU. There, in float32, some combinations are still faster by `mul` and `addcmul`; in half precision
+those would round the vectors.
 
 Activations are (N, C, H, W) with at least one element, per-channel vectors (C,), in float32 where
 activations are float16, bfloat16 or float32, and in float64 where they are float64.
@@ -13,7 +13,7 @@ activations are float16, bfloat16 or float32, and in float64 where they are floa
 
 import torch
 
-from . import native
+from .operators import find
 
 
 def dense(x):
@@ -41,8 +41,8 @@ def mean_square(x):
 
 def product_sums(dy, x):
     """Return sum(dy * x) and sum(dy) over N, H, W."""
-    if native.takes(x):
-        return native.OPERATORS.product_sums(dy, x)
+    if operators := find(x):
+        return operators.product_sums(dy, x)
     # They are the gradients of weight and bias in x * weight + bias.
     mean, var = _standard(x)
     return torch.ops.aten.native_batch_norm_backward(
@@ -52,8 +52,8 @@ def product_sums(dy, x):
 
 def scale_shift(x, scale, shift=None):
     """Return scale * x + shift in the dtype and memory format of x."""
-    if shift is not None and native.takes(x):
-        return native.OPERATORS.affine(x, scale, shift)
+    if shift is not None and (operators := find(x)):
+        return operators.affine(x, scale, shift)
     if shift is not None and _is_full_precision_on_cpu(x) and not x.is_contiguous():
         return torch.addcmul(maps(shift), x, maps(scale))  # twice as fast in channels_last
     mean, var = _standard(x)
@@ -62,8 +62,8 @@ def scale_shift(x, scale, shift=None):
 
 def combine(dy, x, scale_dy, scale_x):
     """Return scale_dy * dy + scale_x * x in the dtype and memory format of x."""
-    if native.takes(x):
-        return native.OPERATORS.combine(dy, x, scale_dy, scale_x)
+    if operators := find(x):
+        return operators.combine(dy, x, scale_dy, scale_x)
     out = x * maps(scale_x) if _is_full_precision_on_cpu(x) else scale_shift(x, scale_x)
     # In half precision scale_dy is rounded, for it is the one that can't overflow.
     return out.addcmul_(dy, maps(scale_dy.to(x.dtype)))
@@ -71,15 +71,15 @@ def combine(dy, x, scale_dy, scale_x):
 
 def scale_shift_relu(x, scale, shift):
     """Return relu(scale * x + shift) in the dtype and memory format of x."""
-    if native.takes(x):
-        return native.OPERATORS.affine(x, scale, shift, True)
+    if operators := find(x):
+        return operators.affine(x, scale, shift, True)
     return scale_shift(x, scale, shift).relu_()
 
 
 def relu_sums(dy, x, scale, shift):
     """Return `product_sums` of dy behind relu(scale * x + shift), and dy for `relu_combine`."""
-    if native.takes(x):
-        return *native.OPERATORS.product_sums(dy, x, False, scale, shift), dy
+    if operators := find(x):
+        return *operators.product_sums(dy, x, False, scale, shift), dy
     # The sign is computed again: cheaper than keeping y when nothing else does.
     dy = torch.ops.aten.threshold_backward(dy, scale_shift(x, scale, shift), 0)
     return *product_sums(dy, x), dy
@@ -87,8 +87,8 @@ def relu_sums(dy, x, scale, shift):
 
 def relu_combine(dy, x, scale_dy, scale_x, shift):
     """Return `combine` of the dy that `relu_sums`, of scale_dy and shift, returned."""
-    if native.takes(x):
-        return native.OPERATORS.combine(dy, x, scale_dy, scale_x, None, shift)
+    if operators := find(x):
+        return operators.combine(dy, x, scale_dy, scale_x, None, shift)
     return combine(dy, x, scale_dy, scale_x)
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional, kernels, native, split
+from . import functional, kernels, split
+from .operators import find
 
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
@@ -210,8 +211,9 @@ class MABN2d(nn.Module):
         x = kernels.dense(x)
         counts = torch.is_grad_enabled()
         repeats = not torch.compiler.is_compiling() and _in_backward() and self._records
-        if not repeats and native.takes(x, self.buffer_x2):
-            return self._fused(x, counts)
+        operators = find(x, self.buffer_x2, split=self.split_batch)
+        if operators and not repeats:
+            return self._fused(operators, x, counts)
         with torch.no_grad():
             if self.split_batch:
                 x2 = split.group_mean_square(x, self.batch_size)
@@ -247,13 +249,13 @@ class MABN2d(nn.Module):
             relu=self.activation is not None,
         )
 
-    def _fused(self, x, counts):
+    def _fused(self, operators, x, counts):
         y, *statistics = functional.mabn_fused(
             x,
             self.weight,
             self.bias,
             self.buffer_gz,
-            native.OPERATORS,
+            operators,
             self.activation is not None,
             (self.buffer_x2, self.running_var, self.iters, self.rejected),
             (self.eps, self.momentum, self.warmup_iters, self.clip_start, self.clip_limit),

@@ -1,9 +1,7 @@
 """The compiled operators of `csrc`, where this installation has them (see setup.py).
 
 They do on a CPU what torch has no single kernel for: `normalize` and `normalize_backward` are all of
-a MABN layer in one call each way, `product_sums`, `affine` and `combine` its passes. Where they are
-missing, for every other device and dtype, and under torch.compile, torch's own kernels do the same in
-more passes (`kernels.py`, `functional.py`).
+a MABN layer in one call each way, `product_sums`, `affine` and `combine` its passes.
 """
 
 import importlib.util
@@ -33,5 +31,4 @@ def takes(*tensors):
         OPERATORS is not None
         and all(x.device.type == "cpu" for x in tensors)
         and all(x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
-        and not torch.compiler.is_compiling()
     )

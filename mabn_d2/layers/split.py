@@ -5,16 +5,17 @@ is left; each is a normalization batch. Per-group statistics are (G, C), an iter
 of its images; a short last group counts like any other wherever groups are averaged.
 
 There is no loop over groups. The passes over activations give or take one number per image and
-channel, and groups are averages over images, (N, C) numbers. The compiled operators take such rows as
-they are. Without them contiguous (N, C, H, W) is looked at as (1, N * C, H, W), so that the batch-norm
-kernels of `kernels.py` serve; in channels-last that is no view, and elementwise kernels take their
-place.
+channel, and groups are averages over images, (N, C) numbers. Compiled operators and Triton's take such
+rows as they are, and the former do all of a layer in one call (`operators.py`). In torch's own kernels
+contiguous (N, C, H, W) is looked at as (1, N * C, H, W), so that the batch-norm kernels of `kernels.py`
+serve; in channels-last that is no view, and elementwise kernels take their place.
 """
 
 import torch
 
-from . import kernels, native
+from . import kernels
 from .functional import is_finite, renorm
+from .operators import find
 
 
 def group_sizes(n, batch_size, like):
@@ -71,7 +72,7 @@ def group_moments(x, batch_size):
 
 def group_mean_square(x, batch_size):
     """Return mean(x^2) of each group over its N, H, W as (G, C)."""
-    if x.is_contiguous() or native.takes(x):
+    if x.is_contiguous() or find(x):
         sums = image_sums(x, x)[0]
     else:
         sums = x.square().sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -83,8 +84,8 @@ def image_sums(dy, x, scratch=None):
 
     `scratch`, like x, may be written to.
     """
-    if native.takes(x):
-        return native.OPERATORS.product_sums(dy, x, True)
+    if operators := find(x):
+        return operators.product_sums(dy, x, True)
     n, c = x.shape[:2]
     if x.is_contiguous():
         return tuple(sums.view(n, c) for sums in kernels.product_sums(_fold(dy), _fold(x)))
@@ -98,8 +99,8 @@ def affine(x, scale, shift, out=None):
 
     The result is `out`, which is like x, or a new tensor.
     """
-    if native.takes(x):
-        return native.OPERATORS.affine(x, scale, shift)
+    if operators := find(x):
+        return operators.affine(x, scale, shift)
     if x.is_contiguous():
         y = kernels.scale_shift(_fold(x), scale.flatten(), shift.flatten())
         # Nothing else holds y, and an in-place ReLU on a view from a custom function is an error.
@@ -175,8 +176,8 @@ def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
 
 def combine(dy, x, scale_dy, scale_x, shift, out=None):
     """Return scale_dy * dy + scale_x * x + shift, per image and channel, else as `affine`."""
-    if native.takes(x):
-        return native.OPERATORS.combine(dy, x, scale_dy, scale_x, shift)
+    if operators := find(x):
+        return operators.combine(dy, x, scale_dy, scale_x, shift)
     return affine(x, scale_x, shift, out).addcmul_(dy, kernels.maps(scale_dy.to(x.dtype)))
 
 
@@ -202,7 +203,7 @@ class _NormalizeGroups(torch.autograd.Function):
         dy = kernels.dense_like(dy, x)
         # In channels-last first holds dy * x.
         dx = None
-        if ctx.needs_input_grad[0] and not (x.is_contiguous() or native.takes(x)):
+        if ctx.needs_input_grad[0] and not (x.is_contiguous() or find(x)):
             dx = torch.empty_like(x)
         dyx, dysum = (group_sum(rows, batch_size) for rows in image_sums(dy, x, dx))
         dyz = (dyx - mean * dysum) * inv_std
