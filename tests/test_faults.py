@@ -214,6 +214,10 @@ def test_statistics_are_averaged_over_ranks_of_different_data(tmp_path):
             continue  # each rank's own: one has rejected a batch in its layers, one by its gradients
         assert torch.equal(value, states[1][name]), name
         assert torch.equal(value, saved[name]), name
+    one, two = (torch.load(tmp_path / f"variances{rank}.pth") for rank in range(2))
+    assert len(one["mean"]) == 24 and not torch.equal(one["own"][0], two["own"][0])
+    for k, mean in enumerate(one["mean"]):
+        torch.testing.assert_close(mean, (one["own"][k] + two["own"][k]) / 2, rtol=1e-6, atol=0)
     first = "backbone.bottom_up.stem.conv1.norm.buffer_x2"
     assert not torch.equal(states[0][first], states[1][first])
 

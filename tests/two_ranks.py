@@ -10,6 +10,7 @@ from detectron2.engine import launch
 from mabn_d2 import add_mabn_config, register_digit_scenes
 from mabn_d2.data.digit_scenes import SceneParams
 from mabn_d2.engine import Trainer
+from mabn_d2.engine.hooks import SyncStatistics
 
 CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
 
@@ -41,9 +42,18 @@ def main(rank, folder):
             yield batch
 
     trainer._trainer._data_loader_iter_obj = changed()
+    (sync,) = [hook for hook in trainer._hooks if isinstance(hook, SyncStatistics)]
+    average, own = sync.average, []
+
+    def averaged():
+        own.append([buffer.clone() for buffer in sync.buffers])
+        average()
+
+    sync.average = averaged
     trainer.train()
     assert trainer._trainer.rejected == 1
     torch.save(trainer.model.module.state_dict(), f"{folder}/rank{rank}.pth")
+    torch.save({"own": own[-1], "mean": sync.buffers}, f"{folder}/variances{rank}.pth")
 
 
 if __name__ == "__main__":
