@@ -3,7 +3,8 @@
 
 Without --data: a small network on the digit crops, a minute a run on one core of a CPU. With --data DIR:
 what follows "--" is handed to train_imagenet.py, as in: sweep_batch_size.py --data DIR -- --amp.
-Runs that sweep.csv lists are not repeated; one that was cut short goes on from its last epoch.
+Runs that sweep.csv lists are not repeated; one that was cut short goes on from its checkpoint.
+Writes to --output: sweep.csv (a line a run), sweep.png, table.md (mean and sample standard deviation).
 """
 
 import argparse
@@ -12,18 +13,23 @@ import io
 import itertools
 import multiprocessing
 import os
+import signal
+import statistics
+import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import zlib
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import matplotlib
 import torch
+from tabulate import tabulate
 
 import train_imagenet
-from mabn_d2.checkpoint.io import CheckpointError, atomic_file
+from mabn_d2.checkpoint.io import atomic_file
 from mabn_d2.data.digit_crops import make_digit_crops
-from mabn_d2.data.images import ImagesError
 
 matplotlib.use("Agg")
 
@@ -32,6 +38,7 @@ from matplotlib.ticker import ScalarFormatter
 
 # Top-1 error, %, ImageNet, ResNet-50 (the paper's table).
 PUBLISHED = {("bn", 32): 23.41, ("bn", 2): 35.22, ("brn", 2): 30.29, ("mabn", 2): 23.67}
+DIGITS_FOLDER = "datasets/digit_crops"
 DIGITS = ("--arch small --epochs 10 --epoch-iters 0 --lr 0.02 --schedule cosine --crop 32 "
           "--val-resize 32 --no-augment --label-smoothing 0 --workers 0 "
           "--log-period 150").split()
@@ -43,7 +50,8 @@ DIGITS_OPTIONS = {
         for name, iters in (("warmup_iters", 5000), ("r_max_iter", 40000), ("d_max_iter", 25000))
     },
 }
-FIELDS = ("norm", "norm_batch", "seed", "top1_error", "train_loss", "minutes", "settings")
+FIELDS = ("norm", "norm_batch", "seed", "top1_error", "train_loss", "minutes", "torch", "device",
+          "commit", "settings")
 
 
 def parse_args():
@@ -52,15 +60,20 @@ def parse_args():
     )
     add = parser.add_argument
     add("--data", metavar="DIR", help="image folder; default: the digit crops, made if missing")
-    add("--output", default="results/batch_size", metavar="DIR", help="sweep.csv, sweep.png")
-    add("--runs", default="output/sweep", metavar="DIR", help="checkpoints and logs of the runs")
+    add("--output", metavar="DIR",
+        help="default: results/batch_size, with --data results/batch_size_<name of its folder>")
+    add("--runs", metavar="DIR", help="checkpoints and logs of the runs; default: OUTPUT/runs")
     add("--norms", nargs="+", default=["bn", "brn", "mabn", "gn"], choices=train_imagenet.NORMS)
     add("--sizes", nargs="+", type=int, default=[2, 32, 8, 4], help="normalization batches")
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--jobs", type=int, help="runs at a time; default: a core each, with --data one")
     add("--draw-only", action="store_true")
     add("rest", nargs="*", help="further arguments of train_imagenet.py, after --")
-    return parser.parse_args()
+    args = parser.parse_args()
+    own = "" if args.data is None else f"_{Path(args.data).resolve().name}"
+    args.output = Path(args.output or f"results/batch_size{own}")
+    args.runs = Path(args.runs or args.output / "runs")
+    return args
 
 
 def read_rows(path):
@@ -81,67 +94,125 @@ def write_rows(path, rows):
 
 def settings(args, norm):
     """Return the arguments of train_imagenet.py that all runs of a norm share."""
-    base = DIGITS if args.data is None else []
-    options = DIGITS_OPTIONS.get(norm, {}) if args.data is None else {}
-    return [*base, *(f"--norm-option={name}={value}" for name, value in options.items()), *args.rest]
+    if args.data is not None:
+        return ["--data", args.data, *args.rest]
+    options = [f"--norm-option={name}={n}" for name, n in DIGITS_OPTIONS.get(norm, {}).items()]
+    return ["--data", DIGITS_FOLDER, *DIGITS, *options, *args.rest]
 
 
-def train(arguments, data, folder, norm, size, seed, threads):
+def commit():
+    """Return the commit of this file, with a + if files differ from it; "" where there is no git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def train(arguments, runs, norm, size, seed, threads, commit):
     """Train one network, or go on where it was interrupted, and return its row."""
     if threads:
         torch.set_num_threads(threads)
+    # Runs of other settings have other folders.
+    folder = runs / f"{norm}_{size}_seed{seed}_{zlib.crc32(' '.join(arguments).encode()):08x}"
+    resumed = (folder / "checkpoint.pth").exists()
     start = time.perf_counter()
-    result = train_imagenet.main(
-        train_imagenet.parse_args([
-            *arguments, "--data", str(data), "--output", f"{folder}/{norm}_{size}_seed{seed}",
-            "--norm", norm, "--norm-batch", str(size), "--seed", str(seed), "--resume", "auto",
-        ])
-    )
-    minutes = (time.perf_counter() - start) / 60
-    numbers = (f"{result['top1_error']:.2f}", f"{result['train_loss']:.4f}", f"{minutes:.2f}")
-    row = (norm, str(size), str(seed), *numbers, " ".join(arguments))
-    return dict(zip(FIELDS, row, strict=True))
+    args = train_imagenet.parse_args([
+        *arguments, "--output", str(folder), "--norm", norm, "--norm-batch", str(size),
+        "--seed", str(seed), "--resume", "auto",
+    ])
+    result = train_imagenet.main(args)
+    # Nobody knows what the first part of a resumed run took.
+    minutes = "" if resumed else f"{(time.perf_counter() - start) / 60:.2f}"
+    numbers = f"{result['top1_error']:.2f}", f"{result['train_loss']:.4f}", minutes
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    conditions = torch.__version__, device, commit, " ".join(arguments)
+    return dict(zip(FIELDS, (norm, str(size), str(seed), *numbers, *conditions), strict=True))
 
 
 def sweep(args, rows, path):
-    """Train what `rows` lacks and write each row to `path` when it is there."""
-    data = args.data or make_digit_crops("datasets/digit_crops")
+    """Train what `rows` lacks, write each row to `path` when it is there; return what failed."""
+    if args.data is None:
+        make_digit_crops(DIGITS_FOLDER)
     done = {(row["norm"], row["norm_batch"], row["seed"]): row["settings"] for row in rows}
     runs = []
     for seed, size, norm in itertools.product(args.seeds, args.sizes, args.norms):
         arguments = settings(args, norm)
         known = done.get((norm, str(size), str(seed)))
         if known is None and (norm != "gn" or size == args.sizes[0]):
-            runs.append((arguments, data, args.runs, norm, size, seed))
+            runs.append((arguments, args.runs, norm, size, seed))
         elif known not in (None, " ".join(arguments)):
             raise ValueError(f"{path} has {norm} {size} of other settings: name another --output")
     jobs = args.jobs or (1 if args.data else os.cpu_count())
     jobs = max(1, min(jobs, len(runs)))
     threads = max(1, os.cpu_count() // jobs) if jobs > 1 else 0
+    version, failed, futures = commit(), [], {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(train, *run, threads) for run in runs]):
-            rows.append(future.result())
-            write_rows(path, rows)
-            print({name: rows[-1][name] for name in FIELDS[:-1]}, flush=True)
+        try:
+            while runs or futures:
+                while runs and len(futures) < jobs:  # no more, so that none begins after a signal
+                    run = runs.pop(0)
+                    futures[pool.submit(train, *run, threads, version)] = run
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    *_, norm, size, seed = futures.pop(future)
+                    try:
+                        rows.append(future.result())
+                    except Exception as error:  # the others go on
+                        failed.append(f"{norm} {size} seed {seed}: {error}")
+                        print(failed[-1], file=sys.stderr, flush=True)
+                    else:
+                        write_rows(path, rows)
+                        print({name: rows[-1][name] for name in FIELDS[:-1]}, flush=True)
+        except BaseException:  # a signal: the runs write their checkpoints and end
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+    return failed
+
+
+def summary(rows):
+    """Return {norm: {normalization batch: (mean, sample standard deviation, seeds)}} of the errors.
+
+    The batch of GroupNorm, which knows none, is 0.
+    """
+    errors = {}
+    for row in rows:
+        size = 0 if row["norm"] == "gn" else int(row["norm_batch"])
+        errors.setdefault(row["norm"], {}).setdefault(size, []).append(float(row["top1_error"]))
+    return {
+        norm: {
+            size: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v))
+            for size, v in sorted(points.items())
+        }
+        for norm, points in errors.items()
+    }
+
+
+def table(rows):
+    """Return the summary as Markdown."""
+    found = summary(rows)
+    sizes = sorted({size for points in found.values() for size in points if size})
+    lines = []
+    for norm, points in found.items():
+        cells = {s: f"{mean:.1f}" + f" ± {std:.1f}" * (n > 1) for s, (mean, std, n) in points.items()}
+        if norm == "gn":
+            lines.append(["GN, which knows no batch", cells[0]])
+        else:
+            lines.append([norm.upper(), *(cells.get(size) for size in sizes)])
+    return tabulate(lines, ["normalization batch", *sizes], "github", disable_numparse=True)
 
 
 def draw(rows, path, title):
-    """Draw mean and standard deviation over seeds against batch size; GroupNorm knows none."""
+    """Draw mean and sample standard deviation over the seeds against the normalization batch."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     colours = dict(zip(train_imagenet.NORMS, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
     sizes = sorted({int(row["norm_batch"]) for row in rows})
-    for norm in sorted({row["norm"] for row in rows}):
-        errors = {}
-        for row in rows:
-            if row["norm"] == norm:
-                errors.setdefault(int(row["norm_batch"]), []).append(float(row["top1_error"]))
+    for norm, points in sorted(summary(rows).items()):
         if norm == "gn":
-            errors = dict.fromkeys(sizes, sum(errors.values(), []))
-        x = sorted(errors)
-        values = [torch.tensor(errors[size]) for size in x]
-        mean = torch.stack([v.mean() for v in values])
-        std = torch.stack([v.std(correction=0) for v in values])
-        label = f"{norm.upper()} ({min(map(len, values))} seeds)"
+            points = dict.fromkeys(sizes, points[0])
+        mean, std, seeds = (torch.tensor(values) for values in zip(*points.values()))
+        x, label = list(points), f"{norm.upper()} ({seeds.min()} seeds)"
         axes.plot(x, mean, "--" if norm == "gn" else "o-", color=colours[norm], label=label)
         axes.fill_between(x, mean - std, mean + std, color=colours[norm], alpha=0.2)
     for norm in sorted({norm for norm, _ in PUBLISHED}):
@@ -161,19 +232,26 @@ def draw(rows, path, title):
 
 def main():
     args = parse_args()
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(output / "sweep.csv")
-    if not args.draw_only:
-        sweep(args, rows, output / "sweep.csv")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "sweep.csv"
+    rows = read_rows(path)
+    failed = [] if args.draw_only else sweep(args, rows, path)
     if not rows:
-        sys.exit(f"sweep_batch_size.py: {output / 'sweep.csv'} has no runs to draw")
+        sys.exit("sweep_batch_size.py: " + ("; ".join(failed) or f"{path} has no runs to draw"))
     title = "digit crops, small network" if args.data is None else str(args.data)
-    draw(rows, output / "sweep.png", f"{title}: batch 32 for SGD, smaller ones for the norm")
+    draw(rows, args.output / "sweep.png", f"{title}: batch 32 for SGD, smaller ones for the norm")
+    with atomic_file(args.output / "table.md") as file:
+        file.write(f"{table(rows)}\n".encode())
+    if failed:
+        sys.exit(f"sweep_batch_size.py: {len(failed)} runs failed, start again to repeat them: "
+                 + "; ".join(failed))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, FloatingPointError, ImagesError, TypeError, ValueError) as error:
+    except (BrokenProcessPool, OSError, ValueError) as error:
         sys.exit(f"sweep_batch_size.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
