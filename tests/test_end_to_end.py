@@ -1,60 +1,62 @@
-"""From a classifier to a detector, in miniature: the commands of docs/classification.md."""
+"""From a classifier to a detector: the commands of docs/classification.md, in miniature."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
+
+from classifying import ENVIRONMENT
 from conftest import ROOT
-from detectron2.config import get_cfg
 
-from mabn_d2 import add_mabn_config
-from mabn_d2.data.digit_crops import CropParams, make_digit_crops
-from mabn_d2.engine import Trainer
-
-NORMALIZED = ["--channel-order", "RGB", "--pixel-mean", "123.675", "116.28", "103.53",
-              "--pixel-std", "58.395", "57.12", "57.375"]
-
-
-def run(*command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+# What is added to each command, by its tool; nothing else is changed.
+MINIATURE = {
+    "mabn_d2.data.digit_crops": "--num-train 64 --num-val 49",
+    "tools/train_imagenet.py": "--epochs 1 --epoch-iters 2 --batch-size 8 --crop 32 --val-resize 32 "
+                               "--workers 0 --device cpu",
+    "tools/convert_weights.py": "",
+    "tools/train_net.py": "SOLVER.MAX_ITER 2 DATALOADER.NUM_WORKERS 0 INPUT.MIN_SIZE_TEST 64 "
+                          "TEST.DETECTIONS_PER_IMAGE 5",
+}
 
 
-def test_classifier_becomes_the_backbone_of_a_detector(small_scenes, tmp_path, caplog):
-    data = make_digit_crops(tmp_path / "crops", CropParams(num_train=64, num_val=49))
-    run("tools/train_imagenet.py", "--data", data, "--output", tmp_path / "cls", "--arch",
-        "resnet18", "--norm", "mabn", "--crop", 32, "--val-resize", 32, "--no-augment",
-        "--batch-size", 8, "--epochs", 1, "--epoch-iters", 2, "--lr", 0.02, "--workers", 0,
-        "--device", "cpu")
-    classifier = tmp_path / "cls/checkpoint.pth"
-    run("tools/convert_weights.py", "imagenet", classifier, tmp_path / "R18.pth", *NORMALIZED)
+def documented_commands():
+    text = (ROOT / "docs/classification.md").read_text()
+    section = text.split("## From a classifier to a detector")[1].split("\n## ")[0]
+    block = "\n".join(line for line in section.splitlines() if line.startswith("    "))
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs/digits/finetune_mask_rcnn_R18_FPN_mabn.yaml"))
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", str(tmp_path / "R18.pth")
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("small_scenes_train",), ()
-    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.MAX_ITER = 0, 2
-    cfg.OUTPUT_DIR = str(tmp_path / "det")
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    assert "the weights were trained with" not in caplog.text  # the config's input is theirs
-    source = torch.load(classifier, weights_only=True)["model"]
-    backbone = trainer.model.backbone.bottom_up
-    pairs = {
-        "conv1.weight": backbone.stem.conv1.weight,
-        "bn1.running_var": backbone.stem.conv1.norm.running_var,
-        "layer4.1.conv2.weight": backbone.res5[1].conv2.weight,
-        "layer3.0.downsample.1.weight": backbone.res4[0].shortcut.norm.weight,
-    }
-    for name, value in pairs.items():
-        assert torch.equal(value, source[name]), name
-    before = backbone.stem.conv1.weight.clone()
-    trainer.train()
-    assert not torch.equal(before, backbone.stem.conv1.weight)
-    assert backbone.stem.conv1.norm.iters == 2
+
+@pytest.mark.timeout(900)
+def test_documented_commands_lead_from_classifier_to_detectors(tmp_path):
+    for name in ("tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of `python`
+    commands, said = documented_commands(), []
+    tools = [next(part for part in command if part in MINIATURE) for command in commands]
+    assert tools == [*MINIATURE, "tools/train_net.py"]
+    for command, tool in zip(commands, tools, strict=True):
+        done = subprocess.run([*command, *MINIATURE[tool].split()], cwd=tmp_path, text=True,
+                              env={**ENVIRONMENT, "PATH": path}, capture_output=True)
+        assert done.returncode == 0, (command, done.stderr[-3000:])
+        said.append(done.stdout + done.stderr)
+    assert "the weights were trained with" not in said[3]  # the config's input is theirs
+
+    output = tmp_path / "output/digits"
+    source = torch.load(output / "R18/checkpoint.pth", weights_only=True)["model"]
+    close = []
+    for name in ("finetune_mask_rcnn_R18_FPN_mabn", "R18-scratch"):
+        model = torch.load(output / name / "model_final.pth", weights_only=False)["model"]
+        assert model["backbone.bottom_up.stem.conv1.norm.iters"] == 2
+        pairs = {"conv1.weight": "stem.conv1.weight", "layer4.1.conv2.weight": "res5.1.conv2.weight"}
+        close += [  # two iterations at the beginning of the warm-up move little
+            torch.allclose(model[f"backbone.bottom_up.{new}"], source[old], atol=1e-3)
+            for old, new in pairs.items()
+        ]
+        records = [json.loads(line) for line in (output / name / "metrics.json").open()]
+        assert {"bbox/AP", "segm/AP"} <= records[-1].keys()
+    assert close == [True, True, False, False]
