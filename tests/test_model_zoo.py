@@ -9,13 +9,15 @@ from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.export import TracingAdapter
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import MABN2d
+
+from detectors import randomized
 
 FOLDER = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
 CONFIGS = sorted(
@@ -106,6 +108,34 @@ def test_step_save_load_trace(name, tmp_path):
         traced = torch.jit.trace(adapter, adapter.flattened_inputs)
         for ours, theirs in zip(adapter(image), traced(image), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+])  # fmt: skip
+def test_test_time_augmentation(name):
+    """Finds what the model itself finds where the one augmentation is none."""
+    cfg = narrow(name)
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = (64,), False
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    model = randomized(build_model(cfg))
+    augmented = GeneralizedRCNNWithTTA(cfg, model)
+    records = [{k: r[k] for k in ("image", "height", "width")} for r in inputs(cfg)]
+    with torch.no_grad():
+        plain, found = model(records), augmented(records)
+    for a, b in zip(plain, found, strict=True):
+        a, b = a["instances"], b["instances"]
+        assert len(a) > 0 and len(b) > 0
+        torch.testing.assert_close(a.scores[:1], b.scores[:1], rtol=1e-4, atol=1e-6)
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = (64, 96), True
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        outputs = GeneralizedRCNNWithTTA(cfg, model)(records)
+    assert all(o["instances"].pred_boxes.tensor.isfinite().all() for o in outputs)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_deformable_is_an_error():

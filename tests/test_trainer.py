@@ -53,6 +53,35 @@ def test_resumed_run_equals_the_straight_one(digits_cfg, tmp_path, amp):
         assert same(value, resumed[key]), key
 
 
+@pytest.mark.parametrize("images, simulated, window", [(4, 8, 2), (4, 16, 4), (2, 4, 2)])
+def test_batch_or_window_changed_at_resume(digits_cfg, images, simulated, window):
+    """Windows of another length refill, from the batch's own variance; of the same they go on."""
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.MODEL.MABN.SIMULATED_BATCH_SIZE, digits_cfg.MODEL.MABN.WARMUP_ITERS = 8, 1
+    digits_cfg.SOLVER.MAX_ITER = 5
+    Trainer(digits_cfg).train()  # 5 iterations of 2 images, m = 4
+    digits_cfg.SOLVER.IMS_PER_BATCH, digits_cfg.SOLVER.MAX_ITER = images, 7
+    digits_cfg.MODEL.MABN.SIMULATED_BATCH_SIZE = simulated
+    trainer = Trainer(digits_cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 5
+    norm = trainer.model.backbone.bottom_up.stem.conv1.norm
+    saved = torch.load(f"{digits_cfg.OUTPUT_DIR}/model_final.pth", weights_only=False)["model"]
+    saved = {name: saved[f"backbone.bottom_up.stem.conv1.norm.{name}"]
+             for name in ("running_var", "buffer_x2")}  # fmt: skip
+    goes_on = window == 4
+    assert norm.window == window and norm.iters == (5 if goes_on else 0)
+    assert torch.equal(norm.running_var, saved["running_var"])
+    assert torch.equal(norm.buffer_x2, saved["buffer_x2"] if goes_on else torch.zeros(window, 8))
+    seen = []
+    norm.register_forward_hook(lambda layer, x, y: seen.append(
+        (x[0].detach().square().mean((0, 2, 3)), layer.last.var)))
+    trainer.train()
+    assert len(seen) == 2 and norm.iters == (7 if goes_on else 2)
+    for x2, var in seen:
+        assert torch.allclose(x2, var) != goes_on
+
+
 def test_training_moves_every_layer_and_evaluates(digits_cfg):
     digits_cfg.SOLVER.MAX_ITER = 2
     trainer = Trainer(digits_cfg)
@@ -105,8 +134,10 @@ def test_two_processes_train_resume_and_evaluate(tmp_path):
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert state["iteration"] == 4
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 5
-    third = train(*base, "--resume", "--eval-only", *small)
+    config = (tmp_path / "config.yaml").read_text()
+    third = train(*base, "--resume", "--eval-only", *small, "MODEL.RPN.NMS_THRESH", 0.6)
     assert third.returncode == 0, third.stderr[-3000:]
+    assert (tmp_path / "config.yaml").read_text() == config  # what --resume compares with
     assert "copypaste: Task: segm" in third.stdout
 
 
