@@ -29,6 +29,7 @@ help:
 	echo "make compare    train the digit scenes under each norm; resumes, repeats no finished run"
 	echo "make test       all tests that this machine can run, but the slow ones"
 	echo "make test-slow  the slow tests"
+	echo "make fuzz       random input, FUZZ_SECONDS=$(FUZZ_SECONDS) for each of three targets"
 	echo "make env        only the environment (.venv), from PYTHON=$(PYTHON)"
 	echo "make clean      remove the environment and caches; datasets/, output/ and weights/ stay"
 	echo "ARGS='...' is handed to the demo or to pytest"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # No deadline: a shared machine stalls. `make fuzz` selects the other by --hypothesis-profile.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=4000)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("default")
 
 
