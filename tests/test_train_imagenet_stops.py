@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from classifying import ENVIRONMENT, arguments, damage, load, make_data, read_log, train
+from classifying import ENVIRONMENT, RANKS, arguments, damage, load, make_data, read_log, train
 from conftest import ROOT
 
 import train_imagenet
@@ -53,9 +53,11 @@ def test_signal_writes_a_checkpoint_and_the_run_goes_on_exactly(data, tmp_path, 
         assert line["loader_images_per_second"] > line["images_per_second"] > 0
 
 
-def test_signal_to_the_process_group_spares_the_loader_processes(data, tmp_path):
-    command = [sys.executable, "tools/train_imagenet.py", *arguments(
-        data, tmp_path, "--workers", 2, "--epoch-iters", 100000, "--log-period", 1)]
+@pytest.mark.parametrize("launcher, code", [([sys.executable], 128 + signal.SIGTERM), (RANKS, 1)])
+def test_signal_to_all_processes_spares_the_loader_processes(data, tmp_path, launcher, code):
+    """torchrun hands the signal to each rank's process group."""
+    command = [*launcher, "tools/train_imagenet.py", *arguments(
+        data, tmp_path, "--workers", 1, "--epoch-iters", 100000, "--log-period", 1)]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     end = time.monotonic() + 120
@@ -63,7 +65,8 @@ def test_signal_to_the_process_group_spares_the_loader_processes(data, tmp_path)
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text, text[-2000:]
+    assert process.returncode == code and "DataLoader" not in text, text[-2000:]
+    assert text.count("go on with --resume auto") == (2 if launcher is RANKS else 1)
     assert load(tmp_path)["iteration"] == read_log(tmp_path, "loss")[-1]["iteration"]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from .loader import mix, seeded
+from .loader import mix
 
 
 class ImagesError(ValueError):
@@ -44,7 +44,7 @@ class Images(torch.utils.data.Dataset):
     """The images of `folder`/<class>/*, under keys of (index, seed).
 
     Args:
-        transform: PIL image -> (3, H, W) uint8; its random numbers come from the key's seed.
+        transform: PIL image -> (3, H, W) uint8; torch's random numbers in it come from the key's seed.
         bad: for files that can't be decoded; "error"; "next", the next image that can be takes its
             place; or "drop", the batch has one image less.
 
@@ -84,7 +84,9 @@ class Images(torch.utils.data.Dataset):
                 if self.bad == "drop":
                     return None, label, bad, time.perf_counter() - start
             else:
-                with seeded(seed):
+                # torchvision's transforms draw from this generator alone.
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed)
                     return self.transform(image), label, bad, time.perf_counter() - start
         raise ImagesError(f"none of the {len(self)} images of {self.images.root} can be read")
 
