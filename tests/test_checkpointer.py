@@ -77,7 +77,8 @@ def test_same_as_detectron2_where_both_may(suffix, tmp_path):
 def test_save_and_last_checkpoint(tmp_path):
     model, optimizer = nn.Linear(2, 2), torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
     checkpointer = SafeCheckpointer(model, str(tmp_path), optimizer=optimizer)
-    (tmp_path / ".model_0.pth.123.partial").touch()  # of a process that was killed
+    for name in ("model_0.pth", "last_checkpoint"):
+        (tmp_path / f".{name}.123.partial").touch()  # of a process that was killed
     checkpointer.save("model_1", iteration=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_1.pth"]
     assert (

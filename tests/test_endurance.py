@@ -47,7 +47,7 @@ def killed(folder, iterations, saves, rng):
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     assert_ended(process.pid)
-    return any(folder.glob(".*.partial"))
+    return any(folder.glob(".*.pth.*.partial"))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])

@@ -63,7 +63,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()} | kwargs
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        for partial in path.parent.glob(".*.pth.*.partial"):
+        for partial in path.parent.glob(".*.partial"):
             partial.unlink()
         write_checkpoint(data, path)
         self.tag_last_checkpoint(path.name)
