@@ -85,7 +85,7 @@ def test_a_file_that_is_no_image_is_skipped_and_named(folder):
 
 
 def test_an_image_too_large_to_decode_is_a_bad_one(folder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)  # DecompressionBombError above twice
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)  # an error above twice
     with pytest.raises(ImagesError, match="decompression bomb"):
         images(folder, "val", "error")[0, 0]
     assert images(folder, "val", "drop")[0, 0][0] is None

@@ -81,7 +81,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--strict", action="store_true",
         help="an image that can't be read is an error; otherwise skipped, counted, named")
-    add("--resume", default="no", choices=("no", "auto"), help="auto: go on with the run in --output, if there is one")
+    add("--resume", default="no", choices=("no", "auto"),
+        help="auto: go on with the run in --output, if there is one")
     add("--checkpoint-period", type=int, default=0, metavar="ITERATIONS", help="0: every epoch")
     add("--log-period", type=int, default=50, metavar="ITERATIONS")
     add("--test-only", action="store_true")
