@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,6 +54,23 @@ def test_batches_depend_on_the_iteration_alone(folder):
     assert straight[0][0].shape == (8, 3, 24, 24) and straight[0][0].dtype == torch.uint8
     other = take(build_train_loader(train, 8, seed=4), 1)
     assert not torch.equal(straight[0][0], other[0][0])
+
+
+EXIT = """
+import builtins, sys
+from mabn_d2.data.images import Images, build_train_loader, build_val_loader, val_transform
+
+images = Images(sys.argv[1], val_transform(24, 28), "error")
+builtins.kept = [iter(build_train_loader(images, 4, 0, workers=1)), iter(build_val_loader(images, 4, 1))]
+print([len(next(batches)[1]) for batches in kept])
+"""
+
+
+def test_a_process_ends_while_workers_still_load(folder):
+    """Python ends what is left of them by SIGTERM and waits for them without limit."""
+    command = [sys.executable, "-c", EXIT, str(folder / "train")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "[4, 4]\n", done.stderr
 
 
 def test_every_image_comes_once_a_pass_over_the_ranks():

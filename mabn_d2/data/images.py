@@ -1,6 +1,5 @@
 """Folders of images for classification: transforms, bad files, batches that resume exactly."""
 
-import signal
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from .loader import mix
+from .loader import end_with_parent, mix
 
 
 class ImagesError(ValueError):
@@ -99,12 +98,6 @@ def collate(samples):
     return images, labels, sum((s[2] for s in samples), []), sum(s[3] for s in samples)
 
 
-def ignore_signals(worker):
-    """A signal to the process group must not end loader processes in mid-iteration."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class ShuffledBatches:
     """Endless batches of (index, seed), whose content depends on seed and iteration alone.
 
@@ -143,7 +136,7 @@ def build_train_loader(images, batch_size, seed, start=0, workers=0, rank=0, wor
         batch_sampler=ShuffledBatches(len(images), batch_size, seed, rank, world_size, start),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=end_with_parent,
         pin_memory=torch.cuda.is_available(),
         # Its own, for the workers' seeds: starting them must not draw from the model's.
         generator=torch.Generator().manual_seed(seed),
@@ -158,7 +151,7 @@ def build_val_loader(images, batch_size, workers=0, rank=0, world_size=1):
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=end_with_parent,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
