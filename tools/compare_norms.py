@@ -4,10 +4,11 @@
     tools/compare_norms.py                                    # everything, resumed where it was left
     tools/compare_norms.py --rows MABN:2 BN:2 --seeds 0 --output output/quick --set SOLVER.MAX_ITER 500
 
-A row is NORM:IMAGES, the images in one iteration. Iterations and learning rate are those of the config
-for all rows, so a row of more images sees more of them: it is the upper line. A run that is finished
-is not repeated; one that was cut short goes on from its last checkpoint; one of another config is
-refused.
+A row is NORM:IMAGES, the images in one iteration, or NORM:IMAGESxPROCESSES, the images on each of
+several processes: BN:2x4 and naiveSyncBN:2x4 see the same 8 images, in normalization batches of 2 and
+of 8. Iterations and learning rate are those of the config for all rows, so a row of more images sees
+more of them. A run that is finished is not repeated; one that was cut short goes on from its last
+checkpoint; one of another config is refused.
 
 Writes to --output: runs.csv (a line a run), table.md (mean and standard deviation over the seeds),
 curves.png, predictions.png (the first seed's); the runs themselves lie in runs/.
@@ -15,6 +16,7 @@ curves.png, predictions.png (the first seed's); the runs themselves lie in runs/
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +24,11 @@ from types import SimpleNamespace
 import torch
 import yaml
 from detectron2.engine import default_setup
+from detectron2.utils import comm
 from tabulate import tabulate
 
 from mabn_d2.checkpoint.io import atomic_file
-from mabn_d2.engine import ConfigError, Trainer, one_line_errors, setup_config
+from mabn_d2.engine import ConfigError, Trainer, launch, one_line_errors, setup_config
 from mabn_d2.visualization import draw_predictions, plt, read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs/digits/compare_mask_rcnn_R10_FPN.yaml"
@@ -34,25 +37,42 @@ NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 METRICS = [(task, ap) for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
 
 
+def parse_row(row):
+    """Return norm, images on each process and processes of NORM:IMAGES or NORM:IMAGESxPROCESSES."""
+    match = re.fullmatch(r"([^:]+):(\d+)(?:x([1-9]\d*))?", row)
+    if not match:
+        raise ConfigError(
+            f"--rows {row!r}: write NORM:IMAGES or NORM:IMAGESxPROCESSES, such as MABN:2 or MABN:2x4"
+        )
+    norm, images, processes = match[1], int(match[2]), int(match[3] or 1)
+    if "SyncBN" in norm and processes == 1:
+        raise ConfigError(
+            f"--rows {row!r}: {norm} is BN in the one process of this row: use BN:{images}, or "
+            f"{norm}:{images}xPROCESSES"
+        )
+    return norm, images, processes
+
+
 def make_config(args, row, seed):
     """Return the config of one run: that of the file, with the row's norm and images."""
-    norm, _, images = row.partition(":")
-    if not images.isdecimal():
-        raise ConfigError(f"--rows {row!r}: write NORM:IMAGES, such as MABN:2")
-    if "SyncBN" in norm:
+    norm, images, processes = parse_row(row)
+    gpus = torch.cuda.device_count()
+    if processes > 1 and gpus and (processes > gpus or args.num_gpus == 0):
         raise ConfigError(
-            f"--rows {row!r}: {norm} is BN in the one process that trains here: use BN:{images}"
+            f"--rows {row!r} takes {processes} GPUs where there are any ({gpus} here): hide them "
+            "(CUDA_VISIBLE_DEVICES=-1) to train on the CPU"
         )
     settings = {
-        "SOLVER.IMS_PER_BATCH": int(images),
+        "SOLVER.IMS_PER_BATCH": images * processes,
         "SEED": seed,
-        "OUTPUT_DIR": str(args.output / "runs" / f"{norm}_{images}" / f"seed{seed}"),
+        "OUTPUT_DIR": str(args.output / "runs" / row.replace(":", "_") / f"seed{seed}"),
         **{f"MODEL.{node}.NORM": norm for node in NODES},
     }
     return setup_config(SimpleNamespace(
         config_file=str(args.config_file),
         opts=[*args.opts, *(part for item in settings.items() for part in item)],
-        num_gpus=args.num_gpus, num_machines=1, resume=True, eval_only=False,
+        num_gpus=processes if processes > 1 else args.num_gpus,
+        num_machines=1, resume=True, eval_only=False,
     ))
 
 
@@ -67,15 +87,16 @@ def check_same_config(cfg):
             )
 
 
-def train(cfg, args):
-    """Train a run to its end, or read what it ended with; return its result."""
-    path = Path(cfg.OUTPUT_DIR) / "result.json"
-    if path.exists():
-        return json.loads(path.read_text())
+@one_line_errors()
+def train(args, row, seed):
+    """Train a run to its end in each of its processes; the first writes result.json."""
+    cfg = make_config(args, row, seed)
     default_setup(cfg, SimpleNamespace(config_file=str(args.config_file), opts=args.opts))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
     trainer.train()
+    if not comm.is_main_process():
+        return
     found = trainer._last_eval_results
     seconds = [record["time"] for record in read_metrics(cfg.OUTPUT_DIR) if "time" in record]
     result = {
@@ -85,10 +106,15 @@ def train(cfg, args):
         "device": cfg.MODEL.DEVICE,
         "torch": torch.__version__,
     }
-    draw_predictions(cfg, trainer.model, path.with_name("predictions.png"))
-    with atomic_file(path) as file:
+    model = getattr(trainer.model, "module", trainer.model)
+    draw_predictions(cfg, model, Path(cfg.OUTPUT_DIR) / "predictions.png")
+    with atomic_file(result_file(cfg)) as file:
         file.write(json.dumps(result, indent=1).encode())
-    return result
+
+
+def result_file(cfg):
+    """Return the file that a run writes last of all."""
+    return Path(cfg.OUTPUT_DIR) / "result.json"
 
 
 def write_table(results, folder):
@@ -150,7 +176,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default=CONFIG, help="what all rows share")
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="NORM:IMAGES")
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--num-gpus", type=int, default=1, help="0: CPU even if there is a GPU")
     parser.add_argument("--output", type=Path, default=Path("results/comparison"))
@@ -164,7 +190,9 @@ def main(arguments=None):
         check_same_config(cfg)
     results = {}
     for run, cfg in configs.items():
-        results[run] = train(cfg, args)
+        if not result_file(cfg).exists():
+            launch(train, parse_row(run[0])[2], dist_url="auto", args=(args, *run))
+        results[run] = json.loads(result_file(cfg).read_text())
         write_table(results, args.output)
     folders = {row: [configs[row, seed].OUTPUT_DIR for seed in args.seeds] for row in args.rows}
     plot_curves(folders, args.output / "curves.png")
