@@ -41,8 +41,8 @@ def native():
 
     extension = CppExtension(
         "mabn_d2.layers._native",
-        ["mabn_d2/layers/csrc/ops.cpp"],
-        depends=["mabn_d2/layers/csrc/passes.h"],
+        ["mabn_d2/layers/csrc/layer.cpp", "mabn_d2/layers/csrc/ops.cpp"],
+        depends=[f"mabn_d2/layers/csrc/{name}.h" for name in ("layout", "ops", "passes", "vectors")],
         # Nobody reads the floating-point flags or errno, whose upkeep would forbid vectors.
         extra_compile_args=["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno"],
         extra_link_args=["-fopenmp"],

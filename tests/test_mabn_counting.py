@@ -130,3 +130,19 @@ def test_non_finite_psi(layer, device):
     assert torch.equal(layer.buffer_gz, before)
     layer(image(device)).sum().backward()
     assert layer.buffer_gz.isfinite().all() and not torch.equal(layer.buffer_gz, before)
+
+
+def test_second_derivative_is_an_error(layer, operators):
+    x = image(layer.weight.device)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative|differentiate twice"):
+        dx.sum().backward()
+
+
+def test_only_some_gradients_are_wanted(layer, operators):
+    part, x = copy.deepcopy(layer), image(layer.weight.device)
+    part.bias.requires_grad_(False)
+    layer(x).sin().sum().backward()
+    part(x.detach()).sin().sum().backward()
+    assert torch.equal(part.weight.grad, layer.weight.grad) and part.bias.grad is None
+    assert torch.equal(part.buffer_gz, layer.buffer_gz)

@@ -108,16 +108,17 @@ def check_layer(activation, memory_format, dtype, shape=(2, 6, 7, 6), device="cp
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(counts):
             patch.setattr(native, "OPERATORS", None)
             wanted = layer(leaf)
-            y, *statistics = functional.mabn_fused(
+            y, *statistics = triton_ops.mabn(
                 own,
                 twin.weight,
                 twin.bias,
                 twin.buffer_gz,
-                triton_ops,
-                activation is not None,
-                state,
-                (layer.eps, layer.momentum, *settings.values()),
+                *state,
+                layer.eps,
+                layer.momentum,
+                *settings.values(),
                 counts,
+                activation is not None,
             )
             if counts:
                 wanted.backward(dy.float())

@@ -179,63 +179,6 @@ def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False
     return _MABN.apply(x, weight, bias, var, r, eps, relu, psi_window, slot, plain)
 
 
-class _FusedMABN(torch.autograd.Function):
-    """`advance` and `_MABN` by operators that do all of a layer in one call each way."""
-
-    @staticmethod
-    def forward(
-        ctx, x, weight, bias, psi_window, operators, relu, state, settings, counts, batch_size
-    ):
-        ctx.dtypes = weight.dtype, bias.dtype
-        weight, bias = weight.float(), bias.float()
-        y, *statistics, var, r_std, scale = operators.normalize(
-            x, weight, bias, *state, *settings, counts, relu, batch_size
-        )
-        slot, plain = statistics[3:5]
-        ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, plain)
-        # Written to in the backward, which the checks of save_for_backward forbid.
-        ctx.psi_window, ctx.operators, ctx.batch_size = psi_window, operators, batch_size
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        return y, *statistics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, *_):
-        x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
-        dx, dweight, dbias = ctx.operators.normalize_backward(
-            kernels.dense_like(dy, x),
-            x,
-            scale,
-            shift,
-            var,
-            r_std,
-            ctx.psi_window,
-            slot,
-            plain,
-            ctx.needs_input_grad[0],
-            ctx.batch_size,
-        )
-        weight_dtype, bias_dtype = ctx.dtypes
-        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
-
-
-def mabn_fused(
-    x, weight, bias, psi_window, operators, relu, state, settings, counts, batch_size=0
-):
-    """Return y and the Statistics (see mabn.py) of an input: `advance`, then `mabn_train`.
-
-    Args:
-        operators: a module with `normalize` and `normalize_backward`, see operators.py.
-        state: buffer_x2, running_var, iters, rejected, of which all move if `counts`.
-        settings: eps, momentum, warmup_iters, clip_start, clip_limit of MABN2d.
-        batch_size: of the split form (see split.py), else 0.
-    """
-    return _FusedMABN.apply(
-        x, weight, bias, psi_window, operators, relu, state, settings, counts, batch_size
-    )
-
-
 def mabn_eval(x, weight, bias, running_var, eps):
     """Return weight * x / sqrt(running_var + eps) + bias in the dtype of x: one affine pass each way.
 

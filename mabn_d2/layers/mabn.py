@@ -250,16 +250,22 @@ class MABN2d(nn.Module):
         )
 
     def _fused(self, operators, x, counts):
-        y, *statistics = functional.mabn_fused(
+        y, *statistics = operators.mabn(
             x,
             self.weight,
             self.bias,
             self.buffer_gz,
-            operators,
-            self.activation is not None,
-            (self.buffer_x2, self.running_var, self.iters, self.rejected),
-            (self.eps, self.momentum, self.warmup_iters, self.clip_start, self.clip_limit),
+            self.buffer_x2,
+            self.running_var,
+            self.iters,
+            self.rejected,
+            self.eps,
+            self.momentum,
+            self.warmup_iters,
+            self.clip_start,
+            self.clip_limit,
             counts,
+            self.activation is not None,
             self.batch_size if self.split_batch else 0,
         )
         self._remember(Statistics(*statistics))

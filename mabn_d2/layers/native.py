@@ -1,7 +1,7 @@
 """The compiled operators of `csrc`, where this installation has them (see setup.py).
 
-They do on a CPU what torch has no single kernel for: `normalize` and `normalize_backward` are all of
-a MABN layer in one call each way, `product_sums`, `affine` and `combine` its passes.
+They do on a CPU what torch has no single kernel for: `mabn` is a whole layer with its gradient, one
+call each way, `product_sums`, `affine` and `combine` are its passes.
 """
 
 import importlib.util
@@ -22,13 +22,15 @@ def _load():
     return torch.ops.mabn_d2_cpu
 
 
+DTYPES = (torch.float32, torch.bfloat16)
 OPERATORS = _load()  # None where there are none
 
 
 def takes(*tensors):
     """Return whether the operators take activations like these, dense and not empty."""
-    return (
-        OPERATORS is not None
-        and all(x.device.type == "cpu" for x in tensors)
-        and all(x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
-    )
+    if OPERATORS is None:
+        return False
+    for x in tensors:  # not all(...): this is part of each forward
+        if x.device.type != "cpu" or x.dtype not in DTYPES:
+            return False
+    return True

@@ -1,7 +1,7 @@
 """Which operators take an activation: compiled ones on a CPU, Triton's on a GPU, or torch's own.
 
-`native.py` and `triton_ops.py` have the same: `product_sums`, `affine`, `combine`, and all of a layer
-in `normalize` and `normalize_backward`. Torch's own kernels, in `kernels.py` and `functional.py`, do the
+`native.py` and `triton_ops.py` have the same: `product_sums`, `affine`, `combine`, and all of a layer,
+with its gradient, in `mabn`. Torch's own kernels, in `kernels.py` and `functional.py`, do the
 same in more passes and launches: they are what the others are tested against, and serve wherever
 `find` returns None. MABN_D2_TRITON=0 in the environment leaves a GPU to them.
 """
@@ -19,7 +19,7 @@ def find(x, *others, split=False):
     """Return the operators for an activation x and tensors like `others`, or None: torch's own.
 
     Args:
-        split: whether `normalize` of the split form is wanted, which Triton's have not.
+        split: whether `mabn` of the split form is wanted, which Triton's have not.
     """
     if torch.compiler.is_compiling():
         return None  # the compiler fuses what torch's own do

@@ -23,6 +23,8 @@ import sysconfig
 
 import torch
 
+from .kernels import dense_like
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A program of 4 warps has 16 elements a thread: two vectors of 16 bytes in half precision, four in
@@ -614,11 +616,6 @@ def product_sums(dy, x, per_image=False, relu_scale=None, relu_shift=None):
     return partial.sum(-2).unbind()
 
 
-def _check_not_split(batch_size):
-    if batch_size:
-        raise ValueError("the split form has no operator that does a whole layer on a GPU")
-
-
 def _finish(channels):
     """Return the constants of the kernels that finish."""
     tile_c = min(max(_power_of_two(channels), 32), FINISH_CHANNELS)
@@ -640,7 +637,6 @@ def normalize(
     clip_limit,
     counts,
     relu=False,
-    batch_size=0,
 ):
     """The forward of a layer; if `counts` it moves the state, in place.
 
@@ -648,13 +644,11 @@ def normalize(
         weight, bias: (C,).
         window, running_var, iters, rejected: the layer's state, (m, C), (C,), (1,), (1,).
         eps to counts: see `functional.advance`.
-        batch_size: 0; there is no split form here.
 
     Returns:
         y, like x; the fields of `Statistics`: x2, var, r, slot, plain, counted; and what
         `normalize_backward` takes: var + eps, r_std and scale, (C,) each.
     """
-    _check_not_split(batch_size)
     c, m = x.shape[1], window.shape[0]
     partial = _partial_sums(None, x)
     vectors = torch.empty(6, c, dtype=torch.float32, device=x.device)
@@ -692,7 +686,7 @@ def normalize(
 
 
 def normalize_backward(
-    dy, x, scale, relu_shift, var, r_std, psi_window, slot, plain, needs_dx=True, batch_size=0
+    dy, x, scale, relu_shift, var, r_std, psi_window, slot, plain, needs_dx=True
 ):
     """The backward of a layer; psi enters the window unless it is not finite.
 
@@ -701,12 +695,10 @@ def normalize_backward(
         scale, var, r_std: of the forward, var with eps.
         relu_shift: (C,) the bias if there is a ReLU, else None.
         psi_window, slot, plain: (m, C), and the forward's (1,) int64 and (1,) bool.
-        batch_size: 0.
 
     Returns:
         dx, None unless needs_dx; dweight and dbias (C,), float32.
     """
-    _check_not_split(batch_size)
     c = x.shape[1]
     relu_scale = None if relu_shift is None else scale
     partial = _partial_sums(dy, x, False, relu_scale, relu_shift)
@@ -732,3 +724,70 @@ def normalize_backward(
     factor, dweight, dbias = vectors.unbind()
     dx = combine(dy, x, scale, factor, None, relu_shift) if needs_dx else None
     return dx, dweight, dbias
+
+
+class _MABN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, psi_window, relu, *state_and_settings):
+        ctx.dtypes = weight.dtype, bias.dtype
+        weight, bias = weight.float(), bias.float()
+        y, *statistics, var, r_std, scale = normalize(x, weight, bias, *state_and_settings, relu)
+        slot, plain = statistics[3:5]
+        # The same as `_MABN` in functional.py saves: activation checkpointing compares.
+        ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, plain)
+        # Written to in the backward, which the checks of save_for_backward forbid.
+        ctx.psi_window = psi_window
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return y, *statistics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
+        dx, dweight, dbias = normalize_backward(
+            dense_like(dy, x),
+            x,
+            scale,
+            shift,
+            var,
+            r_std,
+            ctx.psi_window,
+            slot,
+            plain,
+            ctx.needs_input_grad[0],
+        )
+        weight_dtype, bias_dtype = ctx.dtypes
+        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 12
+
+
+def mabn(
+    x,
+    weight,
+    bias,
+    psi_window,
+    window,
+    running_var,
+    iters,
+    rejected,
+    eps,
+    momentum,
+    warmup_iters,
+    clip_start,
+    clip_limit,
+    counts,
+    relu=False,
+    batch_size=0,
+):
+    """Return y and the fields of `Statistics`: a layer, `normalize` with its gradient.
+
+    Args:
+        weight, bias: (C,), any floating dtype.
+        psi_window: (m, C), moved by the backward.
+        batch_size: 0; there is no split form here.
+    """
+    if batch_size:
+        raise ValueError("the split form has no operator that does a whole layer on a GPU")
+    state = window, running_var, iters, rejected
+    settings = eps, momentum, warmup_iters, clip_start, clip_limit
+    return _MABN.apply(x, weight, bias, psi_window, relu, *state, *settings, counts)

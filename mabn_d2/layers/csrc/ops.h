@@ -1,0 +1,25 @@
+// The passes as operators on tensors. Callers, where torch's own kernels do the same elsewhere, are in
+// kernels.py, whose docstrings say what each computes.
+#pragma once
+
+#include <tuple>
+
+#include "layout.h"
+
+namespace mabn {
+
+// relu?(scale * x + shift) with a row of factors for each group of `size` images, or (C,) for all.
+Tensor affine_of_groups(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu,
+                        int64_t size);
+
+// dy_scale * g + scale * x + shift, g = dy where relu?(dy_scale * x + relu_shift) is positive.
+Tensor combine_of_groups(const Tensor& dy, const Tensor& x, const Tensor& dy_scale,
+                         const Tensor& scale, const OptionalTensor& shift,
+                         const OptionalTensor& relu_shift, int64_t size);
+
+// Sums of g * x and g over pixels, and over images unless per_image.
+std::tuple<Tensor, Tensor> product_sums(const Tensor& dy, const Tensor& x, bool per_image,
+                                        const OptionalTensor& relu_scale,
+                                        const OptionalTensor& relu_shift);
+
+}  // namespace mabn
