@@ -110,6 +110,11 @@ def test_results_do_not_depend_on_the_number_of_threads(memory_format):
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
+# Channels by blocks; a pass over all of them after another, as for regions of interest.
+SOME, MANY = (2, 5, 7, 9), (700, 5, 7, 7)
+shapes = pytest.mark.parametrize("shape", [SOME, MANY], ids=["some", "many"])
+
+
 def run(layer, operators, x, dy, monkeypatch):
     """A step with these operators: y and all gradients, or y alone where dy is None."""
     monkeypatch.setattr(native, "OPERATORS", operators)
@@ -122,14 +127,15 @@ def run(layer, operators, x, dy, monkeypatch):
     return [y, leaf.grad, layer.weight.grad, layer.bias.grad]
 
 
+@shapes
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_rejected_and_uncounted_inputs_as_with_torch(activation, memory_format, monkeypatch):
+def test_rejected_and_uncounted_inputs_as_with_torch(activation, memory_format, shape, monkeypatch):
     """In warm-up, window and clip phase: NaN in x, infinity in dy, forwards without gradients."""
     settings = dict(warmup_iters=6, clip_start=9, clip_limit=1.2, activation=activation)
     layers = [MABN2d(5, batch_size=1, simulated_batch_size=4, **settings) for _ in range(2)]
     for t in range(24):
-        dy, x, _, _ = inputs((2, 5, 7, 9), torch.float32, memory_format, False)
+        dy, x, _, _ = inputs(shape, torch.float32, memory_format, False)
         x = x * (1 + t % 5)
         if t in (3, 8, 14):
             x[0, t % 5, 2, 3] = torch.nan
@@ -150,14 +156,15 @@ def test_rejected_and_uncounted_inputs_as_with_torch(activation, memory_format, 
     assert layers[0].rejected.item() == 3 and layers[0].iters.item() == 17
 
 
+@shapes
 @pytest.mark.parametrize("layer", [{}, {"activation": "relu"}, {"split_batch": True}], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_equals_that_of_torch(layer, memory_format, dtype, monkeypatch):
+def test_layer_equals_that_of_torch(layer, memory_format, dtype, shape, monkeypatch):
     settings = dict(simulated_batch_size=8, warmup_iters=5, clip_start=7, **layer)
-    layers = [MABN2d(6, **settings) for _ in range(2)]
+    layers = [MABN2d(5, **settings) for _ in range(2)]
     for _ in range(12):
-        dy, x, _, _ = inputs((3, 6, 9, 7), dtype, memory_format, False)
+        dy, x, _, _ = inputs((shape[0] + 1, *shape[1:]), dtype, memory_format, False)
         results = [
             run(module, operators, x, dy, monkeypatch) + [*module.buffers()]
             for module, operators in zip(layers, (OPERATORS, None), strict=True)

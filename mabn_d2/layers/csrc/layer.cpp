@@ -74,13 +74,26 @@ struct Window {
   }
 };
 
-// function(begin, end) for blocks of channels of contiguous activations, which a core's cache holds.
+// Channels of contiguous activations whose elements a core's cache holds, and the least that is worth
+// reading at a time.
 constexpr int64_t kTile = 1 << 15;  // elements
+constexpr int64_t kRun = 1 << 10;   // elements
 
+int64_t block_of_channels(const Layout& layout) {
+  return std::max<int64_t>(kTile / std::max<int64_t>(layout.images * layout.pixels, 1), 1);
+}
+
+// Whether a block can be summed and mapped before the next one. Of many small images, such as regions
+// of interest, a block is many short runs far from each other.
+bool is_by_blocks(const Layout& layout) {
+  return !layout.channels_last &&
+         (layout.images == 1 || block_of_channels(layout) * layout.pixels >= kRun);
+}
+
+// function(begin, end) for blocks of channels.
 template <typename F>
 void for_each_block(const Layout& layout, const F& function) {
-  const int64_t size = std::max<int64_t>(layout.images * layout.pixels, 1);
-  const int64_t block = std::max<int64_t>(kTile / size, 1);
+  const int64_t block = block_of_channels(layout);
   at::parallel_for(0, (layout.channels + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       function(k * block, std::min((k + 1) * block, layout.channels));
@@ -94,19 +107,15 @@ void block_sums(const T* dy, const T* x, const Layout& layout, const Groups& gro
                 int64_t end, const float* scale, const float* shift, float* products,
                 float* totals) {
   for (int64_t n = 0; n < layout.images; ++n) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t k = groups.of(n) * layout.channels + c;
-      const int64_t offset = (n * layout.channels + c) * layout.pixels;
-      float product, total;
-      sums_plane<T, relu>(dy + offset, x + offset, relu ? scale[k] : 0, relu ? shift[c] : 0,
-                          &product, &total, layout.pixels);
-      products[k] = product + (n % groups.size ? products[k] : 0);
-      totals[k] = total + (n % groups.size ? totals[k] : 0);
-    }
+    const int64_t k = groups.of(n) * layout.channels + begin;
+    const int64_t offset = (n * layout.channels + begin) * layout.pixels;
+    sums_planes<T, relu>(dy + offset, x + offset, relu ? scale + k : nullptr,
+                         relu ? shift + begin : nullptr, products + k, totals + k, end - begin,
+                         layout.pixels, n % groups.size != 0);
   }
 }
 
-// The same of all channels of channels-last activations.
+// The same of all channels.
 std::tuple<Tensor, Tensor> group_sums(const Tensor& dy, const Tensor& x, const Layout& layout,
                                       const Groups& groups, const OptionalTensor& scale,
                                       const OptionalTensor& shift) {
@@ -147,9 +156,9 @@ struct Normalized {
 
 // The whole forward. `batch_size` is that of the split form, or 0.
 //
-// A channel's statistics need no other channel. So in contiguous activations each channel is mapped
-// right after it was summed, while it is in the cache: one pass over memory in place of two. Whether
-// the input is accepted is known after the last channel; if it is not, all are mapped once more.
+// A channel's statistics need no other channel. So where channels lie together each is mapped right
+// after it was summed, while it is in the cache: one pass over memory in place of two. Whether the input
+// is accepted is known after the last channel; if it is not, all are mapped once more.
 Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, const State& state,
                      const Settings& settings, bool counts, bool relu, int64_t batch_size) {
   const Tensor &running_var = state.running_var, &iters = state.iters, &rejected = state.rejected;
@@ -212,8 +221,9 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
     }
   };
 
+  const bool by_blocks = is_by_blocks(layout);
   Tensor y;
-  if (layout.channels_last) {
+  if (!by_blocks) {
     const Tensor sums =
         std::get<0>(group_sums(x, x, layout, groups, std::nullopt, std::nullopt));
     std::copy(floats(sums), floats(sums) + sums.numel(), x2);
@@ -231,17 +241,16 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
         average(begin, end);
         choose(begin, end, true);
         for (int64_t n = layout.images; n-- > 0;) {  // the last image is the warmest
-          for (int64_t c = begin; c < end; ++c) {
-            const int64_t offset = (n * channels + c) * layout.pixels;
-            affine_plane<T, decltype(gated)::value>(in + offset, scale[groups.of(n) * channels + c],
-                                                    b[c], out + offset, layout.pixels);
-          }
+          const int64_t offset = (n * channels + begin) * layout.pixels;
+          affine_planes<T, decltype(gated)::value>(
+              in + offset, scale + groups.of(n) * channels + begin, b + begin, out + offset,
+              end - begin, layout.pixels);
         }
       });
     });
   }
   const bool accepted = all_finite(x2, size);
-  if (layout.channels_last || !(accepted || split)) {
+  if (!by_blocks || !(accepted || split)) {
     choose(0, channels, accepted);
     y = affine_of_groups(x, scale_, bias, relu, groups.size);
   }
@@ -262,8 +271,8 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   return {y, x2_, var_, r_, slot, plain_, counts_, shifted_, r_std_, scale_};
 }
 
-// The whole backward: dx, or an undefined tensor, dweight and dbias. In contiguous activations a
-// block of channels at a time, as in `normalize`.
+// The whole backward: dx, or an undefined tensor, dweight and dbias. A block of channels at a time, as in
+// `normalize`, where they lie together.
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     const Tensor& dy, const Tensor& x, const Tensor& scale_, const OptionalTensor& relu_shift,
     const Tensor& var_, const Tensor& r_std_, const Tensor& psi_window, const Tensor& slot,
@@ -311,7 +320,8 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     }
   };
 
-  if (layout.channels_last) {
+  const bool by_blocks = is_by_blocks(layout);
+  if (!by_blocks) {
     const OptionalTensor gate = relu_shift ? OptionalTensor(scale_) : std::nullopt;
     std::tie(products_, totals_) = group_sums(dy, x, layout, groups, gate, relu_shift);
     products = floats(products_), totals = floats(totals_);
@@ -327,12 +337,11 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
         block_sums<T, kRelu>(g, in, layout, groups, begin, end, scale, shift, products, totals);
         choose(begin, end, true);
         for (int64_t n = needs_dx ? layout.images : 0; n-- > 0;) {
-          for (int64_t c = begin; c < end; ++c) {
-            const int64_t k = groups.of(n) * channels + c;
-            const int64_t offset = (n * channels + c) * layout.pixels;
-            combine_plane<T, kRelu>(g + offset, in + offset, scale[k], factor[k], 0,
-                                    kRelu ? shift[c] : 0, out + offset, layout.pixels);
-          }
+          const int64_t k = groups.of(n) * channels + begin;
+          const int64_t offset = (n * channels + begin) * layout.pixels;
+          combine_planes<T, kRelu>(g + offset, in + offset, scale + k, factor + k, nullptr,
+                                   kRelu ? shift + begin : nullptr, out + offset, end - begin,
+                                   layout.pixels);
         }
       });
     });
@@ -340,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
   const bool accepted = all_finite(psi, size);
   const bool again = !(accepted || split);
   if (again) choose(0, channels, false);
-  if (needs_dx && (layout.channels_last || again)) {
+  if (needs_dx && (!by_blocks || again)) {
     dx = combine_of_groups(dy, x, scale_, factor_, std::nullopt, relu_shift, groups.size);
   }
   if (accepted) split ? window.push_groups(psi, groups.count, plain) : window.push(psi);

@@ -16,10 +16,12 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
-constexpr int64_t kRows = 256;       // pixels of a piece in channels-last
+constexpr int64_t kPixels = 256;     // of a piece in channels-last
+constexpr int64_t kPlanes = 1 << 13; // elements of a piece of several planes
 
-// A dense activation, cut into pieces that lie in one image: a plane, or some pixels of it. The
-// number of pieces, and so the rounding of sums, does not depend on the number of threads.
+// A dense activation, cut into pieces of neighbouring rows of one image: channels-last pixels, or the
+// planes of channels. The number of pieces, and so the rounding of sums, does not depend on the
+// number of threads.
 struct Layout {
   int64_t images, channels, pixels, rows, per_image;
   bool channels_last;
@@ -35,9 +37,11 @@ struct Layout {
   }
 
   void cut() {
-    rows = channels_last ? kRows : pixels;
-    per_image = channels_last ? (pixels + rows - 1) / rows : channels;
+    rows = channels_last ? kPixels : std::max<int64_t>(kPlanes / std::max<int64_t>(pixels, 1), 1);
+    per_image = (all_rows() + rows - 1) / rows;
   }
+
+  int64_t all_rows() const { return channels_last ? pixels : channels; }
 
   // In channels-last pieces may span images where factors are the same for all.
   void join_images() {
@@ -46,22 +50,18 @@ struct Layout {
     cut();
   }
 
-  // function(image, piece, offset, size): the piece's first element, and its rows, or elements.
+  // function(image, first, count, offset): `count` rows of an image and where the first one begins.
   // Backwards after a pass forwards, each thread begins with what it has in its cache.
   template <typename F>
   void for_each_piece(const F& function, bool backwards = false) const {
-    const int64_t size = channels_last ? rows * channels : pixels;
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1));
+    const int64_t width = channels_last ? channels : pixels;
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(rows * width, 1));
     at::parallel_for(0, images * per_image, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t k = backwards ? begin + end - 1 - i : i;
-        const int64_t image = k / per_image, piece = k % per_image, first = piece * rows;
-        if (channels_last) {
-          function(image, piece, (image * pixels + first) * channels,
-                   std::min(rows, pixels - first));
-        } else {
-          function(image, piece, k * pixels, pixels);
-        }
+        const int64_t image = k / per_image, first = k % per_image * rows;
+        function(image, first, std::min(rows, all_rows() - first),
+                 (image * all_rows() + first) * width);
       }
     });
   }
@@ -101,8 +101,9 @@ struct Factors {
     stride = rows ? layout.channels : 0;
   }
 
-  const float* row(int64_t image) const { return data ? data + image / size * stride : nullptr; }
-  float at(int64_t image, int64_t channel) const { return data ? row(image)[channel] : 0; }
+  const float* of(int64_t image, int64_t channel = 0) const {
+    return data ? data + image / size * stride + channel : nullptr;
+  }
 };
 
 template <typename T>

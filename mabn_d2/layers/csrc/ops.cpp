@@ -17,13 +17,14 @@ Tensor affine_of_groups(const Tensor& x, const Tensor& scale, const Tensor& shif
   dispatch(x, relu, [&](auto element, auto gated) {
     using T = decltype(element);
     constexpr bool kRelu = decltype(gated)::value;
-    layout.for_each_piece([&](int64_t image, int64_t piece, int64_t offset, int64_t size) {
+    layout.for_each_piece([&](int64_t n, int64_t first, int64_t count, int64_t offset) {
       const T* in = data<T>(x) + offset;
       T* out = data<T>(y) + offset;
       if (layout.channels_last) {
-        affine_rows<T, kRelu>(in, scales.row(image), shifts.row(image), out, size, layout.channels);
+        affine_pixels<T, kRelu>(in, scales.of(n), shifts.of(n), out, count, layout.channels);
       } else {
-        affine_plane<T, kRelu>(in, scales.at(image, piece), shifts.at(image, piece), out, size);
+        affine_planes<T, kRelu>(in, scales.of(n, first), shifts.of(n, first), out, count,
+                                layout.pixels);
       }
     }, true);
   });
@@ -42,15 +43,16 @@ Tensor combine_of_groups(const Tensor& dy, const Tensor& x, const Tensor& dy_sca
   dispatch(x, relu_shift.has_value(), [&](auto element, auto gated) {
     using T = decltype(element);
     constexpr bool kRelu = decltype(gated)::value;
-    layout.for_each_piece([&](int64_t n, int64_t c, int64_t offset, int64_t size) {
+    layout.for_each_piece([&](int64_t n, int64_t first, int64_t count, int64_t offset) {
       const T *g = data<T>(dy) + offset, *in = data<T>(x) + offset;
       T* out = data<T>(dx) + offset;
       if (layout.channels_last) {
-        combine_rows<T, kRelu>(g, in, dy_scales.row(n), scales.row(n), shifts.row(n),
-                               relu_shifts.row(n), out, size, layout.channels);
+        combine_pixels<T, kRelu>(g, in, dy_scales.of(n), scales.of(n), shifts.of(n),
+                                 relu_shifts.of(n), out, count, layout.channels);
       } else {
-        combine_plane<T, kRelu>(g, in, dy_scales.at(n, c), scales.at(n, c), shifts.at(n, c),
-                                relu_shifts.at(n, c), out, size);
+        combine_planes<T, kRelu>(g, in, dy_scales.of(n, first), scales.of(n, first),
+                                 shifts.of(n, first), relu_shifts.of(n, first), out, count,
+                                 layout.pixels);
       }
     }, true);
   });
@@ -103,15 +105,16 @@ std::tuple<Tensor, Tensor> product_sums(const Tensor& dy, const Tensor& x, bool 
   dispatch(x, relu_scale.has_value(), [&](auto element, auto gated) {
     using T = decltype(element);
     constexpr bool kRelu = decltype(gated)::value;
-    layout.for_each_piece([&](int64_t n, int64_t piece, int64_t offset, int64_t size) {
+    layout.for_each_piece([&](int64_t n, int64_t first, int64_t count, int64_t offset) {
       const T *g = data<T>(dy) + offset, *in = data<T>(x) + offset;
-      float* row = sums + (n * pieces + (layout.channels_last ? piece : 0)) * 2 * layout.channels;
+      const int64_t piece = layout.channels_last ? first / layout.rows : 0;
+      float* row = sums + (n * pieces + piece) * 2 * layout.channels;
       if (layout.channels_last) {
-        sums_rows<T, kRelu>(g, in, scales.row(n), shifts.row(n), row, row + layout.channels, size,
-                            layout.channels);
+        sums_pixels<T, kRelu>(g, in, scales.of(n), shifts.of(n), row, row + layout.channels, count,
+                              layout.channels);
       } else {
-        sums_plane<T, kRelu>(g, in, scales.at(n, piece), shifts.at(n, piece), row + piece,
-                             row + layout.channels + piece, size);
+        sums_planes<T, kRelu>(g, in, scales.of(n, first), shifts.of(n, first), row + first,
+                              row + layout.channels + first, count, layout.pixels, false);
       }
     });
   });

@@ -1,7 +1,7 @@
 // The passes over whole activations on a CPU: every element is read once, vectors stay in cache.
 //
-// A plane is one channel of one image in a contiguous tensor: `size` neighbours, scalar factors. Rows
-// are pixels of a channels-last tensor: `rows` times `channels` neighbours, a factor a channel.
+// Planes are channels of one image in a contiguous tensor, `pixels` elements each, a factor a plane.
+// Pixels are those of a channels-last tensor, `channels` elements each, a factor a channel.
 // Arithmetic is in float; loops are plain, for the compiler to vectorize.
 #pragma once
 
@@ -49,15 +49,19 @@ MABN_INLINE float gate(float dy, float y) { return y <= 0 ? 0 : dy; }
 // y = relu?(scale * x + shift)
 
 template <typename T, bool relu>
-MABN_CLONES void affine_plane(const T* x, float scale, float shift, T* __restrict y, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float value = scale * load(x[i]) + shift;
-    store(y[i], relu ? rectify(value) : value);
+MABN_CLONES void affine_planes(const T* x, const float* scale, const float* shift, T* __restrict y,
+                               int64_t planes, int64_t pixels) {
+  for (int64_t plane = 0; plane < planes; ++plane, x += pixels, y += pixels) {
+    const float a = scale[plane], b = shift[plane];
+    for (int64_t i = 0; i < pixels; ++i) {
+      const float value = a * load(x[i]) + b;
+      store(y[i], relu ? rectify(value) : value);
+    }
   }
 }
 
 template <typename T, bool relu>
-MABN_CLONES void affine_rows(const T* x, const float* scale, const float* shift, T* __restrict y,
+MABN_CLONES void affine_pixels(const T* x, const float* scale, const float* shift, T* __restrict y,
                              int64_t rows, int64_t channels) {
   for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -70,17 +74,21 @@ MABN_CLONES void affine_rows(const T* x, const float* scale, const float* shift,
 // dx = dy_scale * g + scale * x + shift, where g is dy, gated by y = dy_scale * x + relu_shift if relu
 
 template <typename T, bool relu>
-MABN_CLONES void combine_plane(const T* dy, const T* x, float dy_scale, float scale, float shift,
-                               float relu_shift, T* __restrict dx, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float value = load(x[i]);
-    const float g = relu ? gate(load(dy[i]), dy_scale * value + relu_shift) : load(dy[i]);
-    store(dx[i], dy_scale * g + (scale * value + shift));
+MABN_CLONES void combine_planes(const T* dy, const T* x, const float* dy_scale, const float* scale,
+                                const float* shift, const float* relu_shift, T* __restrict dx,
+                                int64_t planes, int64_t pixels) {
+  for (int64_t k = 0; k < planes; ++k, dy += pixels, x += pixels, dx += pixels) {
+    const float p = dy_scale[k], q = scale[k], a = shift ? shift[k] : 0, b = relu ? relu_shift[k] : 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      const float value = load(x[i]);
+      const float g = relu ? gate(load(dy[i]), p * value + b) : load(dy[i]);
+      store(dx[i], p * g + (q * value + a));
+    }
   }
 }
 
 template <typename T, bool relu>
-MABN_CLONES void combine_rows(const T* dy, const T* x, const float* dy_scale, const float* scale,
+MABN_CLONES void combine_pixels(const T* dy, const T* x, const float* dy_scale, const float* scale,
                               const float* shift, const float* relu_shift, T* __restrict dx,
                               int64_t rows, int64_t channels) {
   for (int64_t row = 0; row < rows; ++row, dy += channels, x += channels, dx += channels) {
@@ -97,46 +105,55 @@ MABN_CLONES void combine_rows(const T* dy, const T* x, const float* dy_scale, co
 constexpr int64_t kLanes = 32;    // independent sums, so that they fill vector registers
 constexpr int64_t kBlock = 4096;  // elements that are summed in float before double takes over
 
+// Written for each plane, or if `add` added to what is there.
 template <typename T, bool relu>
-MABN_CLONES void sums_plane(const T* dy, const T* x, float scale, float shift, float* product,
-                            float* total, int64_t size) {
-  double products = 0, totals = 0;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t end = begin + kBlock < size ? begin + kBlock : size;
-    float p[kLanes] = {}, t[kLanes] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int64_t k = 0; k < kLanes; ++k) {
-        const float value = load(x[i + k]);
-        const float g = relu ? gate(load(dy[i + k]), scale * value + shift) : load(dy[i + k]);
-        p[k] += g * value;
-        t[k] += g;
+MABN_CLONES void sums_planes(const T* dy, const T* x, const float* scale, const float* shift,
+                             float* __restrict product, float* __restrict total, int64_t planes,
+                             int64_t pixels, bool add) {
+  for (int64_t plane = 0; plane < planes; ++plane, dy += pixels, x += pixels) {
+    const float a = relu ? scale[plane] : 0, b = relu ? shift[plane] : 0;
+    double products = add ? product[plane] : 0, totals = add ? total[plane] : 0;
+    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+      float p[kLanes] = {}, t[kLanes] = {};
+      int64_t i = begin;
+      for (; i + kLanes <= end; i += kLanes) {
+        for (int64_t k = 0; k < kLanes; ++k) {
+          const float value = load(x[i + k]);
+          const float g = relu ? gate(load(dy[i + k]), a * value + b) : load(dy[i + k]);
+          p[k] += g * value;
+          t[k] += g;
+        }
       }
-    }
-    for (int64_t k = 0; i < end; ++i, ++k) {
-      const float value = load(x[i]);
-      const float g = relu ? gate(load(dy[i]), scale * value + shift) : load(dy[i]);
-      p[k] += g * value;
-      t[k] += g;
-    }
-    for (int64_t width = kLanes / 2; width; width /= 2) {  // by halves, which are vectors
-      for (int64_t k = 0; k < width; ++k) {
-        p[k] += p[k + width];
-        t[k] += t[k + width];
+      if (i < end) {  // the rest of a small plane is much of it: vectors again, masked
+        for (int64_t k = 0; k < kLanes; ++k) {
+          const bool inside = i + k < end;
+          const float value = inside ? load(x[i + k]) : 0;
+          const float y = inside ? load(dy[i + k]) : 0;
+          const float g = relu ? gate(y, a * value + b) : y;
+          p[k] += g * value;
+          t[k] += g;
+        }
       }
+      for (int64_t width = kLanes / 2; width; width /= 2) {  // by halves, which are vectors
+        for (int64_t k = 0; k < width; ++k) {
+          p[k] += p[k + width];
+          t[k] += t[k + width];
+        }
+      }
+      products += p[0];
+      totals += t[0];
     }
-    products += p[0];
-    totals += t[0];
+    product[plane] = float(products);
+    total[plane] = float(totals);
   }
-  *product = float(products);
-  *total = float(totals);
 }
 
 constexpr int64_t kAhead = 512;     // elements, how far reads are announced
 constexpr int64_t kCacheLine = 64;  // bytes
 
 template <typename T, bool relu>
-MABN_CLONES void sums_rows(const T* dy, const T* x, const float* scale, const float* shift,
+MABN_CLONES void sums_pixels(const T* dy, const T* x, const float* scale, const float* shift,
                            float* __restrict product, float* __restrict total, int64_t rows,
                            int64_t channels) {
   std::memset(product, 0, sizeof(float) * channels);
