@@ -1,7 +1,10 @@
 """LazyConfig: the same model as the YAML's, and a run of the launcher on digit scenes."""
 
 import json
+import os
+import re
 import runpy
+import signal
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from mabn_d2.engine import ConfigError
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 
+from commands import assert_ended, start
 from conftest import ROOT
 from inputs import training_inputs
 from test_all_configs import load
@@ -91,6 +95,13 @@ train.mabn.clip_start = 100
 """
 
 
+SIGNALLED = """
+dataloader.train.num_workers = 2
+dataloader.train.dataset.names = "digit_scenes_train"
+train.max_iter = 100000
+"""
+
+
 def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
     twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
     config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
@@ -111,6 +122,25 @@ def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
     results = run("--resume", "--eval-only")
     assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+
+
+def test_signal_to_the_group_writes_a_checkpoint(tmp_path):
+    """The trainer gets the batches of its iteration: loader workers leave the signal to it."""
+    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
+    config.write_text(USERS.format(twin=twin, output=str(tmp_path)) + SIGNALLED)
+    process = start(
+        "lazyconfig_train_net.py", "--config-file", config, "--num-gpus", 0, start_new_session=True
+    )
+    lines, sent = [], False
+    for line in process.stdout:
+        lines.append(line)
+        if "iter: 3 " in line and not sent:
+            sent = True
+            os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, "".join(lines[-30:])
+    assert not [line for line in lines if "Traceback" in line], "".join(lines[-30:])
+    assert re.fullmatch(r"model_0{6}\d\.pth", (tmp_path / "last_checkpoint").read_text())
+    assert_ended(process.pid)
 
 
 def test_settings_of_batch_renorm():

@@ -23,6 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from mabn_d2 import configure_mabn, fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
+from mabn_d2.data.loader import guard_workers
 from mabn_d2.engine import ConfigError, launch, one_line_errors
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.statistics import LogStatistics
@@ -42,7 +43,7 @@ def build_model(cfg):
 def evaluate(cfg, model):
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader = instantiate(cfg.dataloader.test)
+    loader = guard_workers(instantiate(cfg.dataloader.test))
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     print_csv_format(results)
     return results
@@ -67,7 +68,7 @@ def train(cfg, model, resume):
     bare = model
     if comm.get_world_size() > 1:
         model = distribute(model, cfg.train.device, **cfg.train.ddp)
-    loader = instantiate(cfg.dataloader.train)
+    loader = guard_workers(instantiate(cfg.dataloader.train))
     trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.train.amp.enabled)
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()

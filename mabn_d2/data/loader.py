@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -217,15 +218,34 @@ def end_with_parent(worker):
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _start_worker(own, worker):
+    if own is not None:
+        own(worker)
+    end_with_parent(worker)
+
+
+def guard_workers(loader):
+    """Return a loader, its workers ending as `end_with_parent` says, after what they do at their start.
+
+    Args:
+        loader: a DataLoader, or Detectron2's wrapper of one; others stay as they are.
+    """
+    inner = loader
+    while not isinstance(inner, torch.utils.data.DataLoader):
+        inner = getattr(inner, "dataset", getattr(inner, "_dataset", None))
+        if inner is None:
+            return loader
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+    return loader
+
+
 def build_test_loader(cfg, dataset_name):
     """Build Detectron2's loader for evaluation, whose errors name the image.
 
     BAD_INPUT "skip" does not apply: the AP of fewer images is another.
     """
     mapper = NamingMapper(DatasetMapper(cfg, False))
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-    loader.worker_init_fn = end_with_parent
-    return loader
+    return guard_workers(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
 
 def build_train_loader(cfg, mapper=None):
