@@ -63,6 +63,9 @@ def test_any_options(tmp_path_factory, pairs, odd):
         (["MODEL.BRN.R_MAX", "0.5"], "MODEL.BRN: r_max"),
         (["MODEL.BRN.WARMUP_ITERS", "50000"], "MODEL.BRN: r_max_iter"),
         (["SEED"], "pairs|even|key"),
+        (["MODEL.WEIGHTS", "None", "MODEL.WEIGHTS", "1"], "WEIGHTS"),
+        (["DATASETS.TRAIN", "None", "DATASETS.TRAIN", "0"], "TRAIN"),
+        (["MODEL.MABN", "None", "MODEL.MABN", "3"], "MABN"),
     ],
 )  # fmt: skip
 def test_found_cases(tmp_path, options, message):

@@ -43,14 +43,17 @@ def read_config(config_file, opts=()):
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(opts)
+        # yacs lets None take the place of any value, and then any value that of None: once more,
+        # each against its default.
+        merged = defaults.clone()
+        merged.merge_from_other_cfg(cfg)
     except (AttributeError, KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         text = " ".join(str(error.args[0] if error.args else error).split())
         raise ConfigError(f"--config-file {config_file!r} {opts or ''}: {text}") from error
-    # yacs checks types, but lets None take the place of any value.
-    nones = [key for key in _differences(cfg, defaults) if _value(cfg, key) is None]
+    nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
-    return cfg
+    return merged
 
 
 def setup_config(args):
