@@ -59,6 +59,8 @@ def test_any_options(tmp_path_factory, pairs, odd):
         (["SOLVER.IMS_PER_BATCH", "None"], "SOLVER.IMS_PER_BATCH is None"),
         (["SOLVER.IMS_PER_BATCH", "-2"], "IMS_PER_BATCH is -2"),
         (["SOLVER.OPTIMIZER", "ADAM"], "SOLVER.OPTIMIZER is 'ADAM'"),
+        (["MODEL.MABN.SIMULATED_BATCH_SIZE", "7640288749568"], "SIMULATED_BATCH_SIZE is 76402.* 16, of 32"),
+        (["MODEL.MABN.SIMULATED_BATCH_SIZE", "None", "MODEL.MABN.SIMULATED_BATCH_SIZE", "1e9"], "SIMULATED"),
         (["MODEL.MABN", "3"], "MODEL.MABN"),
         (["MODEL.BRN.R_MAX", "0.5"], "MODEL.BRN: r_max"),
         (["MODEL.BRN.WARMUP_ITERS", "50000"], "MODEL.BRN: r_max_iter"),

@@ -23,6 +23,9 @@ MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
 
+# Iterations; each layer keeps two vectors of its channels for each.
+MAX_WINDOW = 10_000
+
 # torch's own, which takes no tensors on the CPU from several processes.
 GPU_ONLY = ("SyncBN", "nnSyncBN")
 
@@ -101,9 +104,14 @@ def check_config(cfg, workers=1, resume=False, train=True):
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use one of {', '.join(OPTIMIZERS)}"
         )
     try:
-        MABN2d(1, **norm_settings(cfg))  # checks the values
+        window = MABN2d(1, **norm_settings(cfg), device="meta").window  # checks the values
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"MODEL.MABN: {error}") from error
+    if window > MAX_WINDOW:
+        raise ConfigError(
+            f"MODEL.MABN.SIMULATED_BATCH_SIZE is {cfg.MODEL.MABN.SIMULATED_BATCH_SIZE}, which is "
+            f"{window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
+        )
     try:
         BatchRenorm2d(1, **renorm_settings(cfg))
     except (AttributeError, TypeError, ValueError) as error:
