@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from mabn_d2.engine import Trainer
 
+from commands import run
 from conftest import ROOT
 
 TOOL = runpy.run_path(str(ROOT / "tools/compare_norms.py"))
@@ -70,7 +72,7 @@ def test_a_stopped_run_is_resumed_and_equals_the_straight_one(small_scenes, tmp_
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     compare(straight, *opts)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(TOOL["train"].__globals__, "Trainer", Killed)
+        patch.setitem(TOOL["make_config"].__globals__, "Trainer", Killed)
         compare(resumed, *opts)
     run = resumed / "runs/MABN_2/seed0"
     assert (run / "last_checkpoint").read_text() == "model_0000004.pth"
@@ -88,10 +90,28 @@ def test_a_stopped_run_is_resumed_and_equals_the_straight_one(small_scenes, tmp_
         compare(resumed, *opts, "SOLVER.MOMENTUM", "0.8")
 
 
+def test_row_of_several_processes(tmp_path):
+    done = run(
+        "compare_norms.py", "--num-gpus", 0, "--rows", "MABN:1x2", "--seeds", 5, "--output", tmp_path,
+        "--set", "DATASETS.TRAIN", "('digit_scenes_train',)", "DATASETS.TEST", "('digit_scenes_val',)",
+        *SMALL[4:], "SOLVER.MAX_ITER", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/MABN_1x2/seed5"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["IMS_PER_BATCH"] == 2
+    assert json.loads((folder / "result.json").read_text())["iterations"] == 3
+    assert (tmp_path / "table.md").read_text().splitlines()[2].startswith("| MABN:1x2 ")
+    log = (folder / "log.txt").read_text()
+    assert "Rank of current process: 0. World size: 2" in log
+    model = torch.load(folder / "model_final.pth", weights_only=False)["model"]
+    assert model["backbone.bottom_up.stem.conv1.norm.buffer_x2"].shape[0] == 32  # one image each
+
+
 @pytest.mark.parametrize(
     "row, message",
     [("SyncBN:8", "use BN:8"), ("naiveSyncBN:8", "use BN:8"), ("MABN", "write NORM:IMAGES"),
-     ("MABM:2", "unknown norm 'MABM'")],
+     ("MABM:2", "unknown norm 'MABM'"), ("MABN:2x0", "write NORM:IMAGES"),
+     ("SyncBN:2x2", 'use "naiveSyncBN"')],
 )
 def test_rows_that_would_be_something_else(tmp_path, row, message):
     with pytest.raises(SystemExit, match=message):
