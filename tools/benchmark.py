@@ -189,9 +189,9 @@ def run_detector(args):
     """Detectron2's Mask R-CNN R50-FPN in evaluation mode, with equal detections under each norm."""
     from mabn_d2 import fold_mabn
 
-    source = detector("MABN", args.device).eval()
+    source = detector("MABN", args.device)
     folded = fold_mabn(source)
-    stock = detector("FrozenBN", args.device).eval()
+    stock = detector("FrozenBN", args.device)
     stock.load_state_dict(folded.state_dict())
     made = {
         "frozen_bn": lambda: stock,
@@ -216,14 +216,14 @@ def run_step(args):
         for dtype in args.dtype:
             steps = {}
             for name in args.norms:
-                model = detector(DETECTRON2_NORMS[name], args.device)
+                model = detector(DETECTRON2_NORMS[name], args.device, training=True)
                 optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
                 steps[name] = partial(train_step, model, optimizer, images, args.device, dtype)
             shape = (args.batch, 3, args.size, args.size)
             yield {"threads": threads, "dtype": dtype, "format": "nchw", "shape": shape}, steps
 
 
-def detector(norm, device):
+def detector(norm, device, training=False):
     from detectron2 import model_zoo
     from detectron2.modeling import build_model
 
@@ -233,7 +233,11 @@ def detector(norm, device):
     cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 4, 1
     for node in cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD:
         node.NORM = norm
-    return build_model(cfg).train()
+    if training:
+        # As many regions under each norm in each step, whatever an untrained model proposes: 512 an
+        # image in the box head, and a quarter of them in the mask head.
+        cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS = 1.0, [0.2]
+    return build_model(cfg).train(training)
 
 
 def random_image(size, objects=5):
@@ -254,8 +258,11 @@ def random_image(size, objects=5):
 def train_step(model, optimizer, images, device, dtype):
     from detectron2.utils.events import EventStorage
 
-    with EventStorage(), torch.autocast(device, DTYPES[dtype], enabled=dtype != "fp32"):
+    with EventStorage() as storage, torch.autocast(device, DTYPES[dtype], enabled=dtype != "fp32"):
         loss = sum(model(images).values())
+        counts = [storage.latest()[f"roi_head/num_{kind}_samples"][0] for kind in ("fg", "bg")]
+    if counts != [128, 384]:
+        raise RuntimeError(f"other regions than the 128 and 384 of each step: {counts}")
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
