@@ -23,7 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from mabn_d2 import configure_mabn, fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
-from mabn_d2.data.loader import guard_workers
+from mabn_d2.data.workers import guard_workers
 from mabn_d2.engine import ConfigError, launch, one_line_errors
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.statistics import LogStatistics

@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from .loader import end_with_parent, mix
+from .loader import mix
+from .workers import end_with_parent
 
 
 class ImagesError(ValueError):

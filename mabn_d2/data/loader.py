@@ -9,11 +9,8 @@ import itertools
 import logging
 import os
 import random
-import signal
 import tempfile
-import threading
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +29,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from .coco_check import check_coco, clean_coco
+from .workers import end_with_parent, guard_workers
 
 MAX_BAD = 1000  # images in a row: then it is not the images
 
@@ -198,45 +196,6 @@ def leave_out_bad_entries(names):
         if problems:
             PathManager.register_handler(_Replaced(json_file, problems))
             logging.getLogger(__name__).warning(f"{name}: {len(problems)} bad entries are left out")
-
-
-def end_with_parent(worker):
-    """Loader workers end when their parent says so or is gone, by no signal of others.
-
-    SIGTERM and SIGINT go to the whole process group, where the trainer finishes its iteration
-    first, for which it needs them. The parent's own SIGTERM is how Python ends workers at exit, so
-    it can't simply be ignored.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _start_worker(own, worker):
-    if own is not None:
-        own(worker)
-    end_with_parent(worker)
-
-
-def guard_workers(loader):
-    """Return a loader, its workers ending as `end_with_parent` says, after what they do at their start.
-
-    Args:
-        loader: a DataLoader, or Detectron2's wrapper of one; others stay as they are.
-    """
-    inner = loader
-    while not isinstance(inner, torch.utils.data.DataLoader):
-        inner = getattr(inner, "dataset", getattr(inner, "_dataset", None))
-        if inner is None:
-            return loader
-    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
-    return loader
 
 
 def build_test_loader(cfg, dataset_name):
