@@ -266,7 +266,7 @@ class MABN2d(nn.Module):
             self.clip_limit,
             counts,
             self.activation is not None,
-            self.batch_size if self.split_batch else 0,
+            batch_size=self.batch_size if self.split_batch else 0,
         )
         self._remember(Statistics(*statistics))
         return y

@@ -4,6 +4,11 @@
 with its gradient, in `mabn`. Torch's own kernels, in `kernels.py` and `functional.py`, do the
 same in more passes and launches: they are what the others are tested against, and serve wherever
 `find` returns None. MABN_D2_TRITON=0 in the environment leaves a GPU to them.
+
+`mabn(x, weight, bias, psi_window, window, running_var, iters, rejected, eps, momentum, warmup_iters,
+clip_start, clip_limit, counts, relu, batch_size=0)` returns y and the fields of `Statistics` (mabn.py): it is
+`advance` and `mabn_train` of functional.py, of the state and settings of MABN2d; with the batch_size of
+the split form, which the compiled ones alone have, their counterparts of split.py.
 """
 
 import os

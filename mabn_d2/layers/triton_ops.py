@@ -1,7 +1,7 @@
 r"""MABN's operators on a GPU, in Triton: for a CUDA tensor what `csrc` is for one on a CPU.
 
-`normalize` and `normalize_backward` are a whole layer in three launches each: a pass of sums, one
-program that makes the per-channel vectors of them and moves the state, a pass that writes the
+`mabn` is a whole layer, `normalize` and its gradient `normalize_backward`, three launches each: a pass
+of sums, one program that makes the per-channel vectors of them and moves the state, a pass that writes the
 result. `affine`, `combine` and `product_sums` are the passes alone. Each reads its inputs once.
 
 Nothing synchronizes, and nothing is tuned by trial, so that a CUDA graph can capture all of it.
@@ -636,7 +636,7 @@ def normalize(
     clip_start,
     clip_limit,
     counts,
-    relu=False,
+    relu,
 ):
     """The forward of a layer; if `counts` it moves the state, in place.
 
@@ -728,11 +728,12 @@ def normalize_backward(
 
 class _MABN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, psi_window, relu, *state_and_settings):
+    def forward(ctx, x, weight, bias, psi_window, *arguments):
         ctx.dtypes = weight.dtype, bias.dtype
         weight, bias = weight.float(), bias.float()
-        y, *statistics, var, r_std, scale = normalize(x, weight, bias, *state_and_settings, relu)
+        y, *statistics, var, r_std, scale = normalize(x, weight, bias, *arguments)
         slot, plain = statistics[3:5]
+        relu = arguments[-1]
         # The same as `_MABN` in functional.py saves: activation checkpointing compares.
         ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, plain)
         # Written to in the backward, which the checks of save_for_backward forbid.
@@ -761,33 +762,17 @@ class _MABN(torch.autograd.Function):
         return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 12
 
 
-def mabn(
-    x,
-    weight,
-    bias,
-    psi_window,
-    window,
-    running_var,
-    iters,
-    rejected,
-    eps,
-    momentum,
-    warmup_iters,
-    clip_start,
-    clip_limit,
-    counts,
-    relu=False,
-    batch_size=0,
-):
-    """Return y and the fields of `Statistics`: a layer, `normalize` with its gradient.
+def mabn(x, weight, bias, psi_window, *arguments, batch_size=0):
+    """Return y and the fields of `Statistics`: `normalize` with its gradient, once differentiable.
 
     Args:
         weight, bias: (C,), any floating dtype.
         psi_window: (m, C), moved by the backward.
+        arguments: those of `normalize` from window to relu, all of them.
         batch_size: 0; there is no split form here.
+    Raises:
+        ValueError: for another batch_size.
     """
     if batch_size:
         raise ValueError("the split form has no operator that does a whole layer on a GPU")
-    state = window, running_var, iters, rejected
-    settings = eps, momentum, warmup_iters, clip_start, clip_limit
-    return _MABN.apply(x, weight, bias, psi_window, relu, *state, *settings, counts)
+    return _MABN.apply(x, weight, bias, psi_window, *arguments)

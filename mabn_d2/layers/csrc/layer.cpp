@@ -440,7 +440,7 @@ TORCH_LIBRARY_FRAGMENT(mabn_d2_cpu, library) {
   library.def("mabn(Tensor x, Tensor weight, Tensor bias, Tensor(a!) psi_window, Tensor(b!) window, "
               "Tensor(c!) running_var, Tensor(d!) iters, Tensor(e!) rejected, float eps, "
               "float momentum, int warmup_iters, int clip_start, float clip_limit, bool counts, "
-              "bool relu, int batch_size) "
+              "bool relu, int batch_size=0) "
               "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

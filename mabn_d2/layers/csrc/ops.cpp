@@ -61,7 +61,8 @@ Tensor combine_of_groups(const Tensor& dy, const Tensor& x, const Tensor& dy_sca
 
 namespace {
 
-// sums[k] += the sums of one group of `count` consecutive rows of partial (rows, 2, C).
+// Both sums over the rows of partial (rows, 2, C): over each of `groups` runs of them, (groups, C), or if
+// flat, of one, (C,).
 std::tuple<Tensor, Tensor> add_rows(const Tensor& partial, int64_t groups, bool flat) {
   const int64_t count = partial.size(0) / std::max<int64_t>(groups, 1);
   const int64_t channels = partial.size(2);

@@ -62,8 +62,8 @@ MABN_CLONES void affine_planes(const T* x, const float* scale, const float* shif
 
 template <typename T, bool relu>
 MABN_CLONES void affine_pixels(const T* x, const float* scale, const float* shift, T* __restrict y,
-                             int64_t rows, int64_t channels) {
-  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+                               int64_t pixels, int64_t channels) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, y += channels) {
     for (int64_t c = 0; c < channels; ++c) {
       const float value = scale[c] * load(x[c]) + shift[c];
       store(y[c], relu ? rectify(value) : value);
@@ -89,9 +89,9 @@ MABN_CLONES void combine_planes(const T* dy, const T* x, const float* dy_scale, 
 
 template <typename T, bool relu>
 MABN_CLONES void combine_pixels(const T* dy, const T* x, const float* dy_scale, const float* scale,
-                              const float* shift, const float* relu_shift, T* __restrict dx,
-                              int64_t rows, int64_t channels) {
-  for (int64_t row = 0; row < rows; ++row, dy += channels, x += channels, dx += channels) {
+                                const float* shift, const float* relu_shift, T* __restrict dx,
+                                int64_t pixels, int64_t channels) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, dy += channels, x += channels, dx += channels) {
     for (int64_t c = 0; c < channels; ++c) {
       const float value = load(x[c]);
       const float g = relu ? gate(load(dy[c]), dy_scale[c] * value + relu_shift[c]) : load(dy[c]);
@@ -154,12 +154,12 @@ constexpr int64_t kCacheLine = 64;  // bytes
 
 template <typename T, bool relu>
 MABN_CLONES void sums_pixels(const T* dy, const T* x, const float* scale, const float* shift,
-                           float* __restrict product, float* __restrict total, int64_t rows,
-                           int64_t channels) {
+                             float* __restrict product, float* __restrict total, int64_t pixels,
+                             int64_t channels) {
   std::memset(product, 0, sizeof(float) * channels);
   std::memset(total, 0, sizeof(float) * channels);
-  for (int64_t row = 0; row < rows; ++row, dy += channels, x += channels) {
-    // Rows alone don't keep the hardware's prefetching going: 1.5 times the time beyond the caches.
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, dy += channels, x += channels) {
+    // Loads alone don't keep the hardware's prefetching going: 1.5 times the time beyond the caches.
     for (int64_t c = 0; c < channels; c += kCacheLine / int64_t(sizeof(T))) {
       __builtin_prefetch(dy + c + kAhead);
       __builtin_prefetch(x + c + kAhead);

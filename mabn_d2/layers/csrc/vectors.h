@@ -8,6 +8,10 @@
 
 namespace mabn {
 
+MABN_CLONES inline void divide(float* __restrict vector, float count, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c) vector[c] /= count;
+}
+
 // out = mean of the `length` rows of data (length, channels), with `values` in place of row `slot`.
 MABN_CLONES inline void mean_of_rows(const float* data, int64_t length, int64_t channels,
                                      const float* values, int64_t slot, int64_t begin, int64_t end,
@@ -17,7 +21,7 @@ MABN_CLONES inline void mean_of_rows(const float* data, int64_t length, int64_t 
     const float* row = k == slot ? values : data + k * channels;
     for (int64_t c = begin; c < end; ++c) out[c] += row[c];
   }
-  for (int64_t c = begin; c < end; ++c) out[c] /= float(length);
+  divide(out, float(length), begin, end);
 }
 
 // var + eps, r (functional.py's `renorm`, or 1), r / sqrt(var + eps), and weight times that.
@@ -50,10 +54,6 @@ MABN_CLONES inline void add_gradients(const float* products, const float* totals
     dweight[c] += products[c] * r_std[c];
     dbias[c] += totals[c];
   }
-}
-
-MABN_CLONES inline void divide(float* __restrict vector, float count, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; ++c) vector[c] /= count;
 }
 
 }  // namespace mabn
