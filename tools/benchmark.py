@@ -34,6 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
+OBJECTS = 128  # in an image of `step`: the most that Detectron2's heads take
 PASSES = 8  # of a layer over activations, forward and backward; a copy makes 2
 
 # What the norms of Mask R-CNN R50-FPN see of 2 images of 800x1333, padded to 800x1344: stem, res2 to
@@ -234,13 +235,13 @@ def detector(norm, device, training=False):
     for node in cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD:
         node.NORM = norm
     if training:
-        # As many regions under each norm in each step, whatever an untrained model proposes: 512 an
-        # image in the box head, and a quarter of them in the mask head.
-        cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS = 1.0, [0.2]
+        # As many regions under each norm in each step, whatever an untrained model proposes: with all
+        # its 1000 proposals and OBJECTS true boxes, 512 an image, of which OBJECTS have a mask.
+        cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS = 1.0, [0.7]
     return build_model(cfg).train(training)
 
 
-def random_image(size, objects=5):
+def random_image(size, objects=OBJECTS):
     """A noise image with rectangles to detect, as Detectron2 gives it to a model."""
     from detectron2.structures import BitMasks, Boxes, Instances
 
@@ -261,8 +262,8 @@ def train_step(model, optimizer, images, device, dtype):
     with EventStorage() as storage, torch.autocast(device, DTYPES[dtype], enabled=dtype != "fp32"):
         loss = sum(model(images).values())
         counts = [storage.latest()[f"roi_head/num_{kind}_samples"][0] for kind in ("fg", "bg")]
-    if counts != [128, 384]:
-        raise RuntimeError(f"other regions than the 128 and 384 of each step: {counts}")
+    if counts != [OBJECTS, 512 - OBJECTS]:
+        raise RuntimeError(f"{counts} regions with and without an object: other work than in other steps")
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
