@@ -40,9 +40,11 @@ def native():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     extension = CppExtension(
-        "mabn_d2.layers._native",
-        ["mabn_d2/layers/csrc/layer.cpp", "mabn_d2/layers/csrc/ops.cpp"],
-        depends=[f"mabn_d2/layers/csrc/{name}.h" for name in ("layout", "ops", "passes", "vectors")],
+        "mabn_d2.layers.ops._native",
+        ["mabn_d2/layers/ops/csrc/layer.cpp", "mabn_d2/layers/ops/csrc/ops.cpp"],
+        depends=[
+            f"mabn_d2/layers/ops/csrc/{name}.h" for name in ("layout", "ops", "passes", "vectors")
+        ],
         # Nobody reads the floating-point flags or errno, whose upkeep would forbid vectors.
         extra_compile_args=["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno"],
         extra_link_args=["-fopenmp"],

@@ -16,13 +16,15 @@ if find_spec("detectron2"):
         SafeCheckpointer,
         convert_detector,
         convert_imagenet,
-        fold_mabn,
-        update_mabn_stats,
         warn_of_differences,
     )
     from .config import add_mabn_config
     from .data import LIT_SCENES, register_digit_scenes
-    from .modeling import configure_mabn, convert_mabn, fuse_relu, unfuse_relu
+    from .modeling import configure_mabn
+    from .surgery.convert import convert_mabn
+    from .surgery.fold import fold_mabn
+    from .surgery.fuse_relu import fuse_relu, unfuse_relu
+    from .surgery.recalibrate import update_mabn_stats
 
     register_digit_scenes()
     register_digit_scenes(name="digit_scenes_lit", params=LIT_SCENES)

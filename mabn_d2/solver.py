@@ -37,6 +37,7 @@ def get_optimizer_params(model, weight_decay_norm=None, weight_decay_bias=None, 
             group["weight_decay"] = weight_decay_norm
     return reduce_param_groups(each)
 
+
 OPTIMIZERS = ("SGD", "ADAMW")
 
 

@@ -43,7 +43,9 @@ def draw_predictions(cfg, model, path, num_images=6, min_score=0.5, scale=2.0):
         columns.append(np.concatenate([row.get_image() for row in rows]))
     height = max(column.shape[0] for column in columns)
     # Images of unequal heights: white below the shorter ones.
-    padded = [np.pad(c, ((0, height - len(c)), (0, 4), (0, 0)), constant_values=255) for c in columns]
+    padded = [
+        np.pad(c, ((0, height - len(c)), (0, 4), (0, 0)), constant_values=255) for c in columns
+    ]
     figure, axes = plt.subplots(figsize=(2 * len(columns), 4.4), layout="constrained")
     axes.imshow(np.concatenate(padded, axis=1))
     axes.set_title(f"{dataset}: truth above, predictions (score >= {min_score}) below")

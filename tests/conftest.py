@@ -1,6 +1,5 @@
 import os
 import tempfile
-from pathlib import Path
 
 # Before torch is imported: threads that spin while they wait slow shared cores down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -9,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
 
 # No deadline: a shared machine stalls. `make fuzz` selects the other by --hypothesis-profile.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
@@ -45,15 +44,15 @@ def seed():
 @pytest.fixture(scope="module", params=["compiled", "torch"])
 def operators(request):
     """Run a module's tests with the compiled CPU operators and with torch's alone."""
-    from mabn_d2.layers import native
+    from mabn_d2.layers.ops import cpu_ops
 
     if request.param == "compiled":
-        if native.OPERATORS is None:
+        if cpu_ops.OPERATORS is None:
             pytest.skip("this installation has no compiled operators")
-        yield native.OPERATORS
+        yield cpu_ops.OPERATORS
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "OPERATORS", None)
+            patch.setattr(cpu_ops, "OPERATORS", None)
             yield None
 
 

@@ -27,8 +27,8 @@ import torchvision
 from tabulate import tabulate
 from torch import nn
 
+from mabn_d2.benchmark import measure
 from mabn_d2.layers import BatchRenorm2d, MABN2d, SplitBatchNorm2d
-from mabn_d2.utils import benchmark
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -173,12 +173,15 @@ def run_inference(args):
             for name in args.norms:
                 net = torchvision.models.resnet50(norm_layer=NORMS[name]).eval()
                 steps[name] = partial(infer, net.to(**like, memory_format=FORMATS[layout]), images)
-            yield {
-                "threads": threads,
-                "dtype": dtype,
-                "format": layout,
-                "shape": images.shape,
-            }, steps
+            yield (
+                {
+                    "threads": threads,
+                    "dtype": dtype,
+                    "format": layout,
+                    "shape": images.shape,
+                },
+                steps,
+            )
 
 
 @torch.inference_mode()
@@ -263,7 +266,9 @@ def train_step(model, optimizer, images, device, dtype):
         loss = sum(model(images).values())
         counts = [storage.latest()[f"roi_head/num_{kind}_samples"][0] for kind in ("fg", "bg")]
     if counts != [OBJECTS, 512 - OBJECTS]:
-        raise RuntimeError(f"{counts} regions with and without an object: other work than in other steps")
+        raise RuntimeError(
+            f"{counts} regions with and without an object: other work than in other steps"
+        )
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -383,7 +388,7 @@ def parse(argv=None):
     parser.add_argument("--size", type=int, default=224, help="inference, step: pixels a side")
     parser.add_argument(
         "--clock",
-        choices=benchmark.CLOCKS,
+        choices=measure.CLOCKS,
         help="cpu: seconds of all threads' work, where others use the machine (default: wall, cuda)",
     )
     args = parser.parse_args(argv)
@@ -408,21 +413,21 @@ def main(argv=None):
     torch.manual_seed(0)
     results = []
     for case, steps in RUNS[args.what](args):
-        clock = benchmark.CLOCKS[args.clock]
-        times = benchmark.measure(steps, args.rounds, args.round_seconds, clock)
+        clock = measure.CLOCKS[args.clock]
+        times = measure.measure(steps, args.rounds, args.round_seconds, clock)
         elements = torch.Size(case["shape"]).numel() * case.get("depth", 1)
         for norm in steps:
             row = {"depth": 1, **case, "elements": elements, "norm": norm}
-            row |= benchmark.summarize(times[norm], times[baseline(norm, args.what, args.baseline)])
+            row |= measure.summarize(times[norm], times[baseline(norm, args.what, args.baseline)])
             if "copy" in steps and norm != "copy":
                 share = PASSES / 2 * case["depth"]
-                row["of_copy"] = share / benchmark.summarize(times[norm], times["copy"])["ratio"][1]
-            results.append({**row, "peak_bytes": benchmark.memory_peak(steps[norm], args.device)})
+                row["of_copy"] = share / measure.summarize(times[norm], times["copy"])["ratio"][1]
+            results.append({**row, "peak_bytes": measure.memory_peak(steps[norm], args.device)})
         print(table(results[-len(steps) :]), flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    report = {"settings": settings, **benchmark.describe(args.device), "results": results}
+    report = {"settings": settings, **measure.describe(args.device), "results": results}
     if args.output:
-        benchmark.write_json(report, args.output)
+        measure.write_json(report, args.output)
         plot(report, args.output.with_suffix(".png"))
     return report
 

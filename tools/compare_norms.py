@@ -68,12 +68,16 @@ def make_config(args, row, seed):
         "OUTPUT_DIR": str(args.output / "runs" / row.replace(":", "_") / f"seed{seed}"),
         **{f"MODEL.{node}.NORM": norm for node in NODES},
     }
-    return setup_config(SimpleNamespace(
-        config_file=str(args.config_file),
-        opts=[*args.opts, *(part for item in settings.items() for part in item)],
-        num_gpus=processes if processes > 1 else args.num_gpus,
-        num_machines=1, resume=True, eval_only=False,
-    ))
+    return setup_config(
+        SimpleNamespace(
+            config_file=str(args.config_file),
+            opts=[*args.opts, *(part for item in settings.items() for part in item)],
+            num_gpus=processes if processes > 1 else args.num_gpus,
+            num_machines=1,
+            resume=True,
+            eval_only=False,
+        )
+    )
 
 
 def check_same_config(cfg):
@@ -122,8 +126,13 @@ def write_table(results, folder):
     names = [f"{task} {ap}" for task, ap in METRICS]
     with atomic_file(folder / "runs.csv") as file:
         columns = ["row", "seed", *names, "s/iteration", "iterations", "device", "torch"]
-        lines = [columns, *([row, seed, *(result[c] for c in columns[2:])]
-                            for (row, seed), result in results.items())]
+        lines = [
+            columns,
+            *(
+                [row, seed, *(result[c] for c in columns[2:])]
+                for (row, seed), result in results.items()
+            ),
+        ]
         file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
     table = []
     for row in dict.fromkeys(row for row, _ in results):

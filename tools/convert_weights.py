@@ -18,11 +18,11 @@ from mabn_d2.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from mabn_d2.checkpoint.fold import INTO, changed
 from mabn_d2.checkpoint.io import check_output
 from mabn_d2.checkpoint.record import KEY
 from mabn_d2.engine import read_config
 from mabn_d2.modeling.norm import build_model
+from mabn_d2.surgery.fold import INTO, changed
 
 
 def progress(text):

@@ -24,7 +24,9 @@ def main():
     start = time.monotonic()
     cfg = setup_config(args)
     default_setup(cfg, args)
-    logging.getLogger("detectron2").info(f"Training on {cfg.MODEL.DEVICE}, torch {torch.__version__}")
+    logging.getLogger("detectron2").info(
+        f"Training on {cfg.MODEL.DEVICE}, torch {torch.__version__}"
+    )
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
@@ -37,8 +39,10 @@ def main():
         [task, *(f"{results[key][name]:.1f}" for name in ("AP", "AP50", "AP75"))]
         for task, key in (("box", "bbox"), ("mask", "segm"))
     ]
-    print(f"\n{cfg.DATASETS.TEST[0]} after {cfg.SOLVER.MAX_ITER} iterations, "
-          f"{(time.monotonic() - start) / 60:.1f} minutes on {cfg.MODEL.DEVICE}:")
+    print(
+        f"\n{cfg.DATASETS.TEST[0]} after {cfg.SOLVER.MAX_ITER} iterations, "
+        f"{(time.monotonic() - start) / 60:.1f} minutes on {cfg.MODEL.DEVICE}:"
+    )
     print(tabulate(rows, headers=["", "AP", "AP50", "AP75"], tablefmt="github"))
     print(f"pictures: {output / 'predictions.png'}, {output / 'curves.png'}")
     print(f"weights:  {output / 'model_final.pth'}")

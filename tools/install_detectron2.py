@@ -80,7 +80,9 @@ def python(code):
     # The environment hook would import plugins, which may not be installed yet.
     env = {k: v for k, v in os.environ.items() if k != "DETECTRON2_ENV_MODULE"}
     # Not from the current folder: a checkout lying there is not an installation.
-    done = subprocess.run([sys.executable, "-c", code], cwd=sys.prefix, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=sys.prefix, env=env, capture_output=True, text=True
+    )
     return done.returncode == 0, last_line(done.stderr if done.returncode else done.stdout)
 
 
@@ -171,8 +173,17 @@ def repack(copy, folder):
         f"Copyright (c) Facebook, Inc. and its affiliates. Repacked from {COPY} {COPY_VERSION}; the only",
         f"change to its files is the prefix `{COPY_PARENT}.` taken off the package's name.",
     ]
-    wheel = ["Wheel-Version: 1.0", "Generator: install_detectron2", "Root-Is-Purelib: true", "Tag: py3-none-any"]
-    for name, lines in (("METADATA", metadata), ("WHEEL", wheel), ("top_level.txt", ["detectron2"])):
+    wheel = [
+        "Wheel-Version: 1.0",
+        "Generator: install_detectron2",
+        "Root-Is-Purelib: true",
+        "Tag: py3-none-any",
+    ]
+    for name, lines in (
+        ("METADATA", metadata),
+        ("WHEEL", wheel),
+        ("top_level.txt", ["detectron2"]),
+    ):
         files[f"{info}/{name}"] = "".join(f"{line}\n" for line in lines).encode()
     record = []
     for name, data in files.items():
@@ -222,7 +233,9 @@ def install(wanted):
     if wanted != "index":
         obstacle = why_not_source()
         if obstacle is None:
-            say(f"building the official source {SOURCE} against the torch installed here (some minutes)")
+            say(
+                f"building the official source {SOURCE} against the torch installed here (some minutes)"
+            )
             try:
                 install_source()
             except InstallError as e:
@@ -230,7 +243,9 @@ def install(wanted):
         if obstacle and wanted == "source":
             raise InstallError(f"{obstacle}; `--from index` takes the copy on the package index")
     if obstacle or wanted == "index":
-        say(f"taking the copy in {COPY} {COPY_VERSION} on the package index: {obstacle or 'asked for'}")
+        say(
+            f"taking the copy in {COPY} {COPY_VERSION} on the package index: {obstacle or 'asked for'}"
+        )
         install_index()
 
     works, found = find_detectron2()
@@ -243,13 +258,21 @@ def install(wanted):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="wanted", choices=("source", "index"), help="take it from here only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from", dest="wanted", choices=("source", "index"), help="take it from here only"
+    )
     wanted = parser.parse_args(arguments).wanted
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exit, so that temporary folders go
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as an exit, so that temporary folders go
     try:
-        if sys.version_info < (3, 10):
-            raise InstallError(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
+        if sys.version_info < (3, 10):  # noqa: UP036 (run by any Python)
+            raise InstallError(
+                f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}"
+            )
         install(wanted)
     except InstallError as error:
         print(f"detectron2: error: {error}", file=sys.stderr)

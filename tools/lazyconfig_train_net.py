@@ -25,9 +25,9 @@ from mabn_d2 import configure_mabn, fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.data.workers import guard_workers
 from mabn_d2.engine import ConfigError, launch, one_line_errors
+from mabn_d2.engine.guarded_trainer import GuardedDDP, GuardedTrainer
 from mabn_d2.engine.hooks import StopOnSignal
-from mabn_d2.engine.statistics import LogStatistics
-from mabn_d2.engine.step import GuardedDDP, GuardedTrainer
+from mabn_d2.engine.hooks.log_statistics import LogStatistics
 from mabn_d2.layers import BatchRenorm2d
 
 
@@ -75,15 +75,20 @@ def train(cfg, model, resume):
     scheduler = instantiate(cfg.lr_multiplier)
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
     watched = [cfg.train.statistics] if "statistics" in cfg.train else []
-    trainer.register_hooks([
-        *[LogStatistics(bare, grad_scaler=trainer.grad_scaler, **settings) for settings in watched],
-        hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=scheduler),
-        *([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)] if main else []),
-        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
-        *([hooks.PeriodicWriter(writers, period=cfg.train.log_period)] if main else []),
-        StopOnSignal(checkpointer),
-    ])
+    trainer.register_hooks(
+        [
+            *[
+                LogStatistics(bare, grad_scaler=trainer.grad_scaler, **settings)
+                for settings in watched
+            ],
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=scheduler),
+            *([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)] if main else []),
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+            *([hooks.PeriodicWriter(writers, period=cfg.train.log_period)] if main else []),
+            StopOnSignal(checkpointer),
+        ]
+    )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mabn_d2.engine.statistics import forward_order
+from mabn_d2.engine.hooks.log_statistics import forward_order
 from mabn_d2.visualization import read_metrics
 
 STYLES = {
@@ -40,12 +40,16 @@ def plot(columns, output):
 
     rows = max(map(len, columns.values()))
     figure, axes = plt.subplots(
-        rows, len(columns), figsize=(5 * len(columns), 2 * rows), squeeze=False,
-        layout="constrained", sharex=True,
+        rows,
+        len(columns),
+        figsize=(5 * len(columns), 2 * rows),
+        squeeze=False,
+        layout="constrained",
+        sharex=True,
     )
     for column, (title, statistics) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        for axis in column[len(statistics):]:
+        for axis in column[len(statistics) :]:
             axis.set_axis_off()
         for axis, (statistic, kinds) in zip(column, statistics.items()):
             for kind, series in kinds.items():
@@ -75,7 +79,11 @@ def main(arguments=None):
         if layer not in layers:
             sys.exit(
                 f"plot_statistics.py: {run} has no statistics of {args.layer or 'any layer'}: "
-                + (f"use one of {', '.join(names)}" if names else "train with MODEL.MABN.LOG_PERIOD")
+                + (
+                    f"use one of {', '.join(names)}"
+                    if names
+                    else "train with MODEL.MABN.LOG_PERIOD"
+                )
             )
         columns[f"{Path(run).name}\n{layer}"] = layers[layer]
     plot(columns, args.output)

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import train_imagenet
 from tabulate import tabulate
 
-import train_imagenet
 from mabn_d2.checkpoint.io import atomic_file
-from mabn_d2.data.digit_crops import make_digit_crops
+from mabn_d2.classification.digit_crops import make_digit_crops
 
 matplotlib.use("Agg")
 
@@ -39,9 +39,11 @@ from matplotlib.ticker import ScalarFormatter
 # Top-1 error, %, ImageNet, ResNet-50 (the paper's table).
 PUBLISHED = {("bn", 32): 23.41, ("bn", 2): 35.22, ("brn", 2): 30.29, ("mabn", 2): 23.67}
 DIGITS_FOLDER = "datasets/digit_crops"
-DIGITS = ("--arch small --epochs 10 --epoch-iters 0 --lr 0.02 --schedule cosine --crop 32 "
-          "--val-resize 32 --no-augment --label-smoothing 0 --workers 0 "
-          "--log-period 150").split()
+DIGITS = (
+    "--arch small --epochs 10 --epoch-iters 0 --lr 0.02 --schedule cosine --crop 32 "
+    "--val-resize 32 --no-augment --label-smoothing 0 --workers 0 "
+    "--log-period 150"
+).split()
 DIGITS_ITERS = 1500
 # The defaults are for schedules of 130,000 iterations and more: the same shares of this one.
 DIGITS_OPTIONS = {
@@ -50,8 +52,18 @@ DIGITS_OPTIONS = {
         for name, iters in (("warmup_iters", 5000), ("r_max_iter", 40000), ("d_max_iter", 25000))
     },
 }
-FIELDS = ("norm", "norm_batch", "seed", "top1_error", "train_loss", "minutes", "torch", "device",
-          "commit", "settings")
+FIELDS = (
+    "norm",
+    "norm_batch",
+    "seed",
+    "top1_error",
+    "train_loss",
+    "minutes",
+    "torch",
+    "device",
+    "commit",
+    "settings",
+)
 
 
 def parse_args():
@@ -60,8 +72,11 @@ def parse_args():
     )
     add = parser.add_argument
     add("--data", metavar="DIR", help="image folder; default: the digit crops, made if missing")
-    add("--output", metavar="DIR",
-        help="default: results/batch_size, with --data results/batch_size_<name of its folder>")
+    add(
+        "--output",
+        metavar="DIR",
+        help="default: results/batch_size, with --data results/batch_size_<name of its folder>",
+    )
     add("--runs", metavar="DIR", help="checkpoints and logs of the runs; default: OUTPUT/runs")
     add("--norms", nargs="+", default=["bn", "brn", "mabn", "gn"], choices=train_imagenet.NORMS)
     add("--sizes", nargs="+", type=int, default=[2, 32, 8, 4], help="normalization batches")
@@ -118,10 +133,21 @@ def train(arguments, runs, norm, size, seed, threads, commit):
     folder = runs / f"{norm}_{size}_seed{seed}_{zlib.crc32(' '.join(arguments).encode()):08x}"
     resumed = (folder / "checkpoint.pth").exists()
     start = time.perf_counter()
-    args = train_imagenet.parse_args([
-        *arguments, "--output", str(folder), "--norm", norm, "--norm-batch", str(size),
-        "--seed", str(seed), "--resume", "auto",
-    ])
+    args = train_imagenet.parse_args(
+        [
+            *arguments,
+            "--output",
+            str(folder),
+            "--norm",
+            norm,
+            "--norm-batch",
+            str(size),
+            "--seed",
+            str(seed),
+            "--resume",
+            "auto",
+        ]
+    )
     result = train_imagenet.main(args)
     # Nobody knows what the first part of a resumed run took.
     minutes = "" if resumed else f"{(time.perf_counter() - start) / 60:.2f}"
@@ -195,7 +221,9 @@ def table(rows):
     sizes = sorted({size for points in found.values() for size in points if size})
     lines = []
     for norm, points in found.items():
-        cells = {s: f"{mean:.1f}" + f" ± {std:.1f}" * (n > 1) for s, (mean, std, n) in points.items()}
+        cells = {
+            s: f"{mean:.1f}" + f" ± {std:.1f}" * (n > 1) for s, (mean, std, n) in points.items()
+        }
         if norm == "gn":
             lines.append(["GN, which knows no batch", cells[0]])
         else:
@@ -244,8 +272,10 @@ def main():
     with atomic_file(args.output / "table.md") as file:
         file.write(f"{table(rows)}\n".encode())
     if failed:
-        sys.exit(f"sweep_batch_size.py: {len(failed)} runs failed, start again to repeat them: "
-                 + "; ".join(failed))
+        sys.exit(
+            f"sweep_batch_size.py: {len(failed)} runs failed, start again to repeat them: "
+            + "; ".join(failed)
+        )
 
 
 if __name__ == "__main__":

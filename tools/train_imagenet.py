@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mabn_d2.checkpoint.io import CheckpointError, atomic_file, read_checkpoint
 from mabn_d2.checkpoint.state import unwrap
-from mabn_d2.data.images import (
+from mabn_d2.classification.image_folder import (
     Images,
     ImagesError,
     build_train_loader,
@@ -33,16 +33,26 @@ from mabn_d2.data.images import (
     train_transform,
     val_transform,
 )
+from mabn_d2.classification.models import ARCHS, NORMS, build_classifier
+from mabn_d2.engine.guarded_trainer import MAX_REJECTED
 from mabn_d2.engine.hooks import StopOnSignal
-from mabn_d2.engine.step import MAX_REJECTED
-from mabn_d2.modeling.classifier import ARCHS, NORMS, build_classifier
 
 # Levels of 0-255, as (mean, std) of RGB.
 TORCHVISION = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 # What a run may go on with otherwise than it began; anything else would make it another run.
-MAY_CHANGE = {"data", "output", "checkpoint", "device", "workers", "strict", "resume", "test_only",
-              "log_period", "checkpoint_period"}
+MAY_CHANGE = {
+    "data",
+    "output",
+    "checkpoint",
+    "device",
+    "workers",
+    "strict",
+    "resume",
+    "test_only",
+    "log_period",
+    "checkpoint_period",
+}
 
 
 def parse_args(argv=None):
@@ -56,15 +66,26 @@ def parse_args(argv=None):
     add("--norm", default="mabn", choices=NORMS)
     add("--norm-batch", type=int, default=2, help="images in one normalization batch")
     add("--simulated-batch", type=int, default=32, help="images that MABN's windows span")
-    add("--norm-option", action="append", default=[], metavar="NAME=VALUE",
-        help="argument of MABN2d or BatchRenorm2d; may be repeated")
+    add(
+        "--norm-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of MABN2d or BatchRenorm2d; may be repeated",
+    )
     add("--batch-size", type=int, default=32, help="images of one GPU in one iteration")
     add("--epochs", type=int, default=120)
-    add("--epoch-iters", type=int, default=5000,
-        help="iterations of an epoch; 0: as many as the images fill")
+    add(
+        "--epoch-iters",
+        type=int,
+        default=5000,
+        help="iterations of an epoch; 0: as many as the images fill",
+    )
     add("--lr", type=float, default=0.1, help="of 256 images an iteration in the paper")
     add("--schedule", default="step", choices=("step", "cosine"))
-    add("--steps", type=int, nargs="*", default=[30, 60, 90], help="epochs, each 0.1 times the rate")
+    add(
+        "--steps", type=int, nargs="*", default=[30, 60, 90], help="epochs, each 0.1 times the rate"
+    )
     add("--warmup-epochs", type=float, default=0.0, help="the rate grows linearly at first")
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=1e-4)
@@ -72,17 +93,27 @@ def parse_args(argv=None):
     add("--crop", type=int, default=224, help="pixels, of training and test images")
     add("--val-resize", type=int, default=256, help="shorter side before the centre crop")
     add("--no-augment", action="store_true", help="training images resized only")
-    add("--bgr255", action="store_true",
-        help="input as published: BGR levels of 0-255 as they are; otherwise torchvision's")
+    add(
+        "--bgr255",
+        action="store_true",
+        help="input as published: BGR levels of 0-255 as they are; otherwise torchvision's",
+    )
     add("--amp", action="store_true", help="forward in bfloat16")
     add("--channels-last", action="store_true")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=8, help="loader processes of one GPU")
     add("--seed", type=int, default=0)
-    add("--strict", action="store_true",
-        help="an image that can't be read is an error; otherwise skipped, counted, named")
-    add("--resume", default="no", choices=("no", "auto"),
-        help="auto: go on with the run in --output, if there is one")
+    add(
+        "--strict",
+        action="store_true",
+        help="an image that can't be read is an error; otherwise skipped, counted, named",
+    )
+    add(
+        "--resume",
+        default="no",
+        choices=("no", "auto"),
+        help="auto: go on with the run in --output, if there is one",
+    )
     add("--checkpoint-period", type=int, default=0, metavar="ITERATIONS", help="0: every epoch")
     add("--log-period", type=int, default=50, metavar="ITERATIONS")
     add("--test-only", action="store_true")
@@ -273,7 +304,11 @@ def run(args, device, world_size, rank, stop):
     # Model: the same initial weights on all ranks.
     torch.manual_seed(args.seed)
     model = build_classifier(
-        args.arch, args.norm, args.norm_batch, args.simulated_batch, len(val.classes),
+        args.arch,
+        args.norm,
+        args.norm_batch,
+        args.simulated_batch,
+        len(val.classes),
         **norm_settings(args.norm_option),
     ).to(device)
     if args.channels_last:
@@ -309,9 +344,7 @@ def run(args, device, world_size, rank, stop):
     epoch_iters = args.epoch_iters or math.ceil(len(train) / (args.batch_size * world_size))
     total = args.epochs * epoch_iters
     batches = iter(
-        build_train_loader(
-            train, args.batch_size, args.seed, start, args.workers, rank, world_size
-        )
+        build_train_loader(train, args.batch_size, args.seed, start, args.workers, rank, world_size)
     )
     writer = None
     if rank == 0:
@@ -405,15 +438,18 @@ def run(args, device, world_size, rank, stop):
             began = time.perf_counter()
         if saves and rank == 0:
             with atomic_file(latest) as file:
-                torch.save({
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "iteration": done,
-                    "arch": args.arch,
-                    "norm": args.norm,
-                    "result": result,
-                    "args": settings,
-                }, file)
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "iteration": done,
+                        "arch": args.arch,
+                        "norm": args.norm,
+                        "result": result,
+                        "args": settings,
+                    },
+                    file,
+                )
         if received:
             comm.synchronize()  # no rank may leave before the checkpoint is whole
             bar.write(f"stopped after iteration {done}: go on with --resume auto", sys.stderr)

@@ -80,8 +80,9 @@ def convert_imagenet(
     elif batch_norm and detectron2:
         # Detectron2's converter keeps torchvision's name in the file.
         from_torchvision = checkpoint.get("__author__") == "torchvision"
-        source, trained = "Detectron2 ResNet with BatchNorm", (
-            _TORCHVISION if from_torchvision else _MSRA
+        source, trained = (
+            "Detectron2 ResNet with BatchNorm",
+            (_TORCHVISION if from_torchvision else _MSRA),
         )
     elif batch_norm:
         source, trained = "torchvision ResNet with BatchNorm", _TORCHVISION

@@ -59,7 +59,9 @@ def clean_coco(json_file, problems, copy):
     for key in ("images", "annotations"):
         content[key] = [entry for entry in content[key] if (key, entry["id"]) not in bad]
     if not content["images"]:
-        raise BadAnnotationError(f"{json_file}: no image is left, the first is out because {problems[0]}")
+        raise BadAnnotationError(
+            f"{json_file}: no image is left, the first is out because {problems[0]}"
+        )
     with open(copy, "w", encoding="utf-8") as file:
         json.dump(content, file)
 
@@ -69,7 +71,9 @@ def _read(json_file):
         with open(json_file, encoding="utf-8") as file:
             content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise BadAnnotationError(f"{json_file} can't be read as JSON ({error}): get it anew") from error
+        raise BadAnnotationError(
+            f"{json_file} can't be read as JSON ({error}): get it anew"
+        ) from error
     for key, fields in (
         ("images", {"id", "file_name", "height", "width"}),
         ("annotations", {"id", "image_id", "category_id", "bbox"}),
@@ -77,7 +81,9 @@ def _read(json_file):
     ):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise BadAnnotationError(f"{json_file} has no list {key!r}: is it a COCO instances file?")
+            raise BadAnnotationError(
+                f"{json_file} has no list {key!r}: is it a COCO instances file?"
+            )
         for entry in entries:
             missing = fields - entry.keys() if isinstance(entry, dict) else fields
             if missing:
@@ -119,7 +125,9 @@ def _problems(content, image_root):
             text = f"{name} has height {image['height']!r}, width {image['width']!r}"
             yield Problem("images", image["id"], text)
         elif not isinstance(file, str) or not os.path.isfile(os.path.join(image_root, file)):
-            yield Problem("images", image["id"], f"{name}: no file {os.path.join(image_root, str(file))}")
+            yield Problem(
+                "images", image["id"], f"{name}: no file {os.path.join(image_root, str(file))}"
+            )
     for annotation in content["annotations"]:
         name, image = f"annotation {annotation['id']}", images.get(annotation["image_id"])
         if image is None:
@@ -152,8 +160,12 @@ def _box_problem(box, image):
         return f"bbox {box!r:.80}, not four numbers within 1e9"
     x, y, width, height = box
     # A part outside is common, from rounding, and clipped by Detectron2.
-    if width < 0 or height < 0 or x >= image["width"] or y >= image["height"] or (
-        x + width < 0 or y + height < 0
+    if (
+        width < 0
+        or height < 0
+        or x >= image["width"]
+        or y >= image["height"]
+        or (x + width < 0 or y + height < 0)
     ):
         return f"bbox {box} outside of the image, {image['width']} wide and {image['height']} high"
 

@@ -222,17 +222,19 @@ def _write_split(folder, split, params, progress):
         rles = mask_util.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0), dtype=np.uint8))
         areas, boxes = mask_util.area(rles), mask_util.toBbox(rles)
         for k, index in enumerate(scene.chosen):
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": image_id,
-                "category_id": int(sources.labels[index]) + 1,  # COCO counts from 1
-                "segmentation": {"size": [height, width], "counts": rles[k]["counts"].decode()},
-                "bbox": boxes[k].tolist(),
-                "area": int(areas[k]),
-                "iscrowd": 0,
-                "digit": int(sources.indices[index]),
-                "visible": round(float(scene.visible[k]), 4),
-            })
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": int(sources.labels[index]) + 1,  # COCO counts from 1
+                    "segmentation": {"size": [height, width], "counts": rles[k]["counts"].decode()},
+                    "bbox": boxes[k].tolist(),
+                    "area": int(areas[k]),
+                    "iscrowd": 0,
+                    "digit": int(sources.indices[index]),
+                    "visible": round(float(scene.visible[k]), 4),
+                }
+            )
     content = {
         "info": {"description": f"digit scenes, {split}", "version": str(VERSION)},
         "licenses": [],

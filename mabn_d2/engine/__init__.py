@@ -1,8 +1,8 @@
 """Training and evaluation."""
 
+from .config_check import ConfigError, check_config, check_data, read_config, setup_config
 from .errors import one_line_errors
 from .launch import launch
-from .setup import ConfigError, check_config, check_data, read_config, setup_config
 from .trainer import Trainer
 
 __all__ = [

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..checkpoint import CheckpointError
 from ..data.coco_check import BadAnnotationError
-from ..data.loader import BadImageError
-from .setup import ConfigError
+from ..data.mapper import BadImageError
+from .config_check import ConfigError
 
 ONE_LINE = (ConfigError, BadAnnotationError, BadImageError, CheckpointError)
 

@@ -16,13 +16,19 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import SafeCheckpointer, layers_to_recalibrate, warn_of_differences
+from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm import norm_settings
 from ..solver import build_optimizer
-from .hooks import RecalibrateMABN, SeedEachIteration, StopOnSignal, SyncStatistics
-from .statistics import LogStatistics
-from .step import GuardedDDP, GuardedTrainer
+from ..surgery.recalibrate import layers_to_recalibrate
+from .guarded_trainer import GuardedDDP, GuardedTrainer
+from .hooks import (
+    LogStatistics,
+    RecalibrateMABN,
+    SeedEachIteration,
+    StopOnSignal,
+    SyncStatistics,
+)
 
 
 class Trainer(DefaultTrainer):
@@ -79,14 +85,16 @@ class Trainer(DefaultTrainer):
         if node.LOG_PERIOD > 0:
             model = getattr(self.model, "module", self.model)
             settings = norm_settings(self.cfg)
-            ours.append(LogStatistics(
-                model,
-                node.LOG_PERIOD,
-                node.LOG_LAYERS,
-                window=settings["simulated_batch_size"] // settings["batch_size"],
-                momentum=node.MOMENTUM,
-                grad_scaler=self._trainer.grad_scaler,
-            ))
+            ours.append(
+                LogStatistics(
+                    model,
+                    node.LOG_PERIOD,
+                    node.LOG_LAYERS,
+                    window=settings["simulated_batch_size"] // settings["batch_size"],
+                    momentum=node.MOMENTUM,
+                    grad_scaler=self._trainer.grad_scaler,
+                )
+            )
         return [*ours, *super().build_hooks(), StopOnSignal(self.checkpointer)]
 
     @classmethod

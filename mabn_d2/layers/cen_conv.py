@@ -27,7 +27,12 @@ class _CenConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy, x, center_weight(weight).to(ctx.dtype), ctx.bias and ctx.bias[1], *ctx.geometry, needed
+            dy,
+            x,
+            center_weight(weight).to(ctx.dtype),
+            ctx.bias and ctx.bias[1],
+            *ctx.geometry,
+            needed,
         )
         if dweight is not None:
             dweight = dweight.to(weight.dtype)

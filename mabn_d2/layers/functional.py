@@ -14,7 +14,7 @@ a synchronization: conditions are tensors, branches are `torch.where`.
 import torch
 import torch.nn.functional as F
 
-from . import kernels
+from .ops import torch_ops
 
 
 def is_finite(vector):
@@ -129,19 +129,19 @@ class _MABN(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift if relu else None, var, r_std, slot, plain)
         # Written to in the backward, which the checks of save_for_backward forbid.
         ctx.psi_window = psi_window
-        affine = kernels.scale_shift_relu if relu else kernels.scale_shift
+        affine = torch_ops.scale_shift_relu if relu else torch_ops.scale_shift
         return affine(x, scale, shift)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
-        dy = kernels.dense_like(dy, x)
+        dy = torch_ops.dense_like(dy, x)
         relu = shift is not None
         if relu:
-            dyx, dbias, dy = kernels.relu_sums(dy, x, scale, shift)
+            dyx, dbias, dy = torch_ops.relu_sums(dy, x, scale, shift)
         else:
-            dyx, dbias = kernels.product_sums(dy, x)
+            dyx, dbias = torch_ops.product_sums(dy, x)
         scale_x, dweight = _backward_scales(
             dyx, scale, var, r_std, ctx.psi_window, slot, plain, x.numel() // x.shape[1]
         )
@@ -149,9 +149,9 @@ class _MABN(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # dx = (g - z * psi) / sqrt(var), g = dy * weight * r, z = x / sqrt(var)
             if relu:
-                dx = kernels.relu_combine(dy, x, scale, scale_x, shift)
+                dx = torch_ops.relu_combine(dy, x, scale, scale_x, shift)
             else:
-                dx = kernels.combine(dy, x, scale, scale_x)
+                dx = torch_ops.combine(dy, x, scale, scale_x)
         weight_dtype, bias_dtype = ctx.dtypes
         return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
 

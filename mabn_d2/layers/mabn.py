@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional, kernels, split
-from .operators import find
+from . import functional, functional_split
+from .ops import torch_ops
+from .ops.dispatch import find
 
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
@@ -75,7 +76,7 @@ class MABN2d(nn.Module):
             group i of an iteration uses the mean of the m groups that end with it, forward and
             backward. The plain iteration is the first alone; r is 1 while t < warmup_iters, and
             clip_start has no part; R starts as the first iteration's mean of v and moves by an
-            iteration's mean of v. Each group counts the same, a short one too. (See `split.py`.)
+            iteration's mean of v. Each group counts the same, a short one too. (See `functional_split.py`.)
 
     State: `weight`, `bias`, `running_var` (C,); the windows `buffer_x2`, `buffer_gz` (m, C); the
     counter `iters` (1,). With split_batch the windows' keys are the published `pre_x2`, `pre_gz`, the
@@ -208,7 +209,7 @@ class MABN2d(nn.Module):
         if not (self.training and self.weight.requires_grad) or x.numel() == 0:
             y = functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps)
             return y.relu_() if self.activation else y
-        x = kernels.dense(x)
+        x = torch_ops.dense(x)
         counts = torch.is_grad_enabled()
         repeats = not torch.compiler.is_compiling() and _in_backward() and self._records
         operators = find(x, self.buffer_x2, split=self.split_batch)
@@ -216,13 +217,13 @@ class MABN2d(nn.Module):
             return self._fused(operators, x, counts)
         with torch.no_grad():
             if self.split_batch:
-                x2 = split.group_mean_square(x, self.batch_size)
+                x2 = functional_split.group_mean_square(x, self.batch_size)
             else:
-                x2 = kernels.mean_square(x)
+                x2 = torch_ops.mean_square(x)
             statistics = self._statistics(x2, counts)
         if self.split_batch:
             var = statistics.var
-            y = split.normalize_groups(
+            y = functional_split.normalize_groups(
                 x,
                 self.weight,
                 self.bias,
@@ -299,7 +300,9 @@ class MABN2d(nn.Module):
         compiling = torch.compiler.is_compiling()
         state = (self.buffer_x2, self.running_var, self.iters)
         if self.split_batch:
-            advance = split.advance_groups_op if compiling else split.advance_groups
+            advance = (
+                functional_split.advance_groups_op if compiling else functional_split.advance_groups
+            )
             clip = (self.clip_limit,)
         else:
             advance = functional.advance_op if compiling else functional.advance

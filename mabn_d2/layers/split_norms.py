@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from . import kernels
 from .batch_renorm import BatchRenorm2d
-from .split import group_moments, group_sizes, normalize_groups
+from .functional_split import group_moments, group_sizes, normalize_groups
+from .ops import torch_ops
 
 
 def _check(layer, x):
@@ -43,7 +43,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training or len(x) <= self.batch_size or x.numel() == 0:
             return super().forward(x)
         _check(self, x)
-        x = kernels.dense(x)
+        x = torch_ops.dense(x)
         with torch.no_grad():
             mean, var = group_moments(x, self.batch_size)
             n = group_sizes(len(x), self.batch_size, mean) * (x.shape[2] * x.shape[3])
@@ -78,7 +78,7 @@ class SplitBatchRenorm2d(BatchRenorm2d):
         if not trains or len(x) <= self.batch_size or x.numel() == 0:
             return super().forward(x)
         _check(self, x)
-        x = kernels.dense(x)
+        x = torch_ops.dense(x)
         counts = torch.is_grad_enabled()
         with torch.no_grad():
             mean, var = group_moments(x, self.batch_size)

@@ -6,8 +6,6 @@ from .backbone import (
     build_mabn_resnet_fpn_backbone,
 )
 from .box_head import PublishedConvFCHead
-from .convert import convert_mabn
-from .fuse import fuse_relu, unfuse_relu
 from .norm import configure_mabn, register
 
 __all__ = [
@@ -16,9 +14,6 @@ __all__ = [
     "build_mabn_resnet_backbone",
     "build_mabn_resnet_fpn_backbone",
     "configure_mabn",
-    "convert_mabn",
-    "fuse_relu",
-    "unfuse_relu",
 ]
 
 register()

@@ -49,8 +49,12 @@ def _build_resnet(cfg, input_shape, norm):
     basic = node.DEPTH < 50
     _check(node.DEPTH in BLOCKS_PER_STAGE, cfg, "MODEL.RESNETS.DEPTH", f"of {[*BLOCKS_PER_STAGE]}")
     _check(not any(node.DEFORM_ON_PER_STAGE), cfg, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "all False")
-    _check(node.RES5_DILATION in ((1,) if basic else (1, 2)), cfg, "MODEL.RESNETS.RES5_DILATION",
-           "1, or 2 from depth 50 on")
+    _check(
+        node.RES5_DILATION in ((1,) if basic else (1, 2)),
+        cfg,
+        "MODEL.RESNETS.RES5_DILATION",
+        "1, or 2 from depth 50 on",
+    )
     _check(not basic or node.NUM_GROUPS == 1, cfg, "MODEL.RESNETS.NUM_GROUPS", "1 below depth 50")
 
     in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS

@@ -20,8 +20,9 @@ import math
 import sys
 
 import detectron2.layers
-import detectron2.modeling
-from detectron2.layers import Conv2d, get_norm as detectron2_get_norm
+import detectron2.modeling  # noqa: F401 (its `build_model` is replaced)
+from detectron2.layers import Conv2d
+from detectron2.layers import get_norm as detectron2_get_norm
 from detectron2.modeling import build_model as detectron2_build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils import comm
@@ -29,7 +30,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
-from .fuse import fuse_relu
+from ..surgery.fuse_relu import fuse_relu
 
 NORM = "MABN"
 RENORM = "BRN"

@@ -1,0 +1,76 @@
+"""Classifiers with a norm of one's choice: torchvision's ResNets, and a small one for small images."""
+
+from functools import partial
+
+import torchvision
+from torch import nn
+
+from ..layers import SplitBatchNorm2d, SplitBatchRenorm2d
+from ..modeling.norm import configure_mabn, get_norm
+
+NORMS = ("bn", "brn", "gn", "mabn", "syncbn")
+ARCHS = {
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
+    "resnet101": "resnet101",
+    "resnet152": "resnet152",
+    "resnext50": "resnext50_32x4d",
+}
+
+
+class SmallNet(nn.Sequential):
+    """Nine 3x3 convolutions of 16, 32 and 64 channels, each three starting with stride 2."""
+
+    def __init__(self, num_classes, norm_layer):
+        layers, before = [], 3
+        for channels in (16, 32, 64):
+            for stride in (2, 1, 1):
+                conv = nn.Conv2d(before, channels, 3, stride, 1, bias=False)
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                layers += [conv, norm_layer(channels), nn.ReLU(inplace=True)]
+                before = channels
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes)]
+        super().__init__(*layers, *pool)
+
+
+def build_classifier(arch, norm, norm_batch, simulated_batch, num_classes, **settings):
+    """Return a classifier of (N, 3, H, W) whose norm has batches of `norm_batch` images.
+
+    Args:
+        arch: a key of ARCHS, with the parameter names of torchvision, or "small".
+        norm: "bn", "brn", "mabn" (all convolutions centred) split an input into normalization
+            batches; "gn", 32 groups or as many as divide the channels, and "syncbn" know none.
+        simulated_batch: images that MABN's windows span.
+        settings: further arguments of MABN2d or BatchRenorm2d.
+
+    Raises:
+        ValueError: for a value out of range.
+        TypeError: for a setting that the norm does not have.
+    """
+    if arch not in (*ARCHS, "small"):
+        raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(ARCHS)}, small")
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)}")
+    if norm_batch < 1:
+        raise ValueError(f"the normalization batch must be positive, got {norm_batch}")
+    if settings and norm not in ("brn", "mabn"):
+        raise TypeError(f"norm {norm!r} takes no settings, got {', '.join(settings)}")
+    # "MABN" of get_norm centres the convolution that it is registered behind.
+    norm_layer = {
+        "bn": partial(SplitBatchNorm2d, batch_size=norm_batch),
+        "brn": partial(SplitBatchRenorm2d, batch_size=norm_batch, **settings),
+        "gn": lambda channels: nn.GroupNorm(min(32, channels // 4), channels),
+        "mabn": partial(get_norm, "MABN"),
+        "syncbn": nn.BatchNorm2d,
+    }[norm]
+    if arch == "small":
+        model = SmallNet(num_classes, norm_layer)
+    else:
+        model = torchvision.models.get_model(
+            ARCHS[arch], weights=None, num_classes=num_classes, norm_layer=norm_layer
+        )
+    if norm == "mabn":
+        sizes = {"batch_size": norm_batch, "simulated_batch_size": simulated_batch}
+        configure_mabn(model, split_batch=True, **sizes, **settings)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norm == "syncbn" else model

@@ -1,0 +1,88 @@
+"""From a record to what a model takes: seeded, with the name of the image in every error."""
+
+import logging
+
+import torch
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from .seeding import seeded
+
+MAX_BAD = 1000  # images in a row: then it is not the images
+
+
+class BadImageError(RuntimeError):
+    """An image that can't be read or does not fit its annotations: one line with its path."""
+
+    def __init__(self, message):
+        # One of a loader worker comes with the worker's traceback in front.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class NamingMapper:
+    """Maps records by `mapper`; whatever it raises becomes a BadImageError with the image's path.
+
+    Readers raise anything for a damaged file: OSError, SyntaxError, zlib's error, PIL's
+    DecompressionBombError. An image of more than 8 bits a channel in one channel is refused too:
+    Detectron2 would cut it off at 255, and see white.
+    """
+
+    def __init__(self, mapper, remedy="mend or remove it"):
+        self.mapper, self.remedy = mapper, remedy
+
+    def __call__(self, record):
+        path = record.get("file_name")
+        try:
+            if path is not None:
+                self._check_depth(path)
+            return self.mapper(record)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise BadImageError(
+                f"{path} can't be used ({type(error).__name__}: {reason}): {self.remedy}"
+            ) from error
+
+    @staticmethod
+    def _check_depth(path):
+        with (
+            PathManager.open(path, "rb") as file,
+            Image.open(file) as image,
+        ):  # reads the header only
+            if image.mode[0] in "IF":
+                raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """Maps records by `mapper`, under a seed that comes with the index.
+
+    Args:
+        mapper: raises BadImageError for a record that can't be used.
+        skip_bad: put the next record that can be used in the place of one that can't, and name the
+            latter in the key `bad_images` of the result; if False, it is an error.
+    """
+
+    def __init__(self, records, mapper, skip_bad=False):
+        self.records, self.mapper, self.skip_bad = records, mapper, skip_bad
+
+    def __getitem__(self, key):
+        index, seed = key
+        bad = []
+        while len(bad) < min(len(self.records), MAX_BAD):
+            record = self.records[(index + len(bad)) % len(self.records)]
+            try:
+                with seeded(seed):
+                    mapped = self.mapper(record)
+            except BadImageError as error:
+                if not self.skip_bad:
+                    raise
+                logging.getLogger(__name__).warning(f"skipped: {error}")
+                bad.append(record.get("file_name"))
+                last = error
+            else:
+                if bad:
+                    mapped["bad_images"] = bad
+                return mapped
+        raise BadImageError(f"none of {len(bad)} images can be used; the last: {last}") from last
+
+    def __len__(self):
+        return len(self.records)

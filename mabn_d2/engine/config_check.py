@@ -1,0 +1,226 @@
+"""From the command line to a config that has been checked before any data is read."""
+
+import logging
+import tempfile
+
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.layers import get_norm
+from detectron2.utils.file_io import PathManager
+
+from ..config import add_mabn_config
+from ..data.coco_check import check_coco
+from ..data.coco_files import coco_files
+from ..layers import BatchRenorm2d, MABN2d
+from ..modeling.norm import norm_settings, renorm_settings
+from ..solver import OPTIMIZERS
+
+# Keys of MODEL that a resumed run may have otherwise.
+MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
+
+# Keys for which None is a value of its own: no override of WEIGHT_DECAY.
+MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
+
+# Iterations; each layer keeps two vectors of its channels for each.
+MAX_WINDOW = 10_000
+
+# torch's own, which takes no tensors on the CPU from several processes.
+GPU_ONLY = ("SyncBN", "nnSyncBN")
+
+
+class ConfigError(ValueError):
+    """One line that names the key, its value and what to do."""
+
+
+def read_config(config_file, opts=()):
+    """Return the config of a YAML file, changed by `opts`, a list of keys and values.
+
+    Raises:
+        ConfigError: for a file, key or value that can't be used.
+    """
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    defaults = cfg.clone()
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(opts)
+        # yacs lets None take the place of any value, and then any value that of None: once more,
+        # each against its default.
+        merged = defaults.clone()
+        merged.merge_from_other_cfg(cfg)
+    except (AttributeError, KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        raise ConfigError(f"--config-file {config_file!r} {opts or ''}: {text}") from error
+    nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
+    if nones := [key for key in nones if key not in MAY_BE_NONE]:
+        raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
+    return merged
+
+
+def setup_config(args):
+    """Return the frozen config of Detectron2's command-line arguments.
+
+    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU.
+
+    Raises:
+        ConfigError: for a file, key or value that can't be used.
+    """
+    cfg = read_config(args.config_file, args.opts)
+    if args.num_gpus == 0 and args.num_machines > 1:
+        raise ConfigError(
+            f"--num-gpus 0 with --num-machines {args.num_machines} would be as many runs that never "
+            "meet: use --num-gpus 1, which takes the CPU where there is no GPU"
+        )
+    if args.num_gpus == 0 or not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    workers = max(args.num_gpus, 1) * args.num_machines
+    check_config(cfg, workers, resume=args.resume, train=not args.eval_only)
+    return cfg
+
+
+def check_config(cfg, workers=1, resume=False, train=True):
+    """Raise ConfigError for what would fail later, or would not fail and be wrong.
+
+    Args:
+        workers: training processes on all machines.
+        resume: weights come from OUTPUT_DIR if a checkpoint is there.
+        train: False where the config is for evaluation only.
+    """
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if train and (images < workers or images % workers):
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {images}, no multiple of the {workers} training processes "
+            "(--num-gpus times --num-machines): change one"
+        )
+    if cfg.DATALOADER.BAD_INPUT not in ("stop", "skip"):
+        raise ConfigError(
+            f'DATALOADER.BAD_INPUT is {cfg.DATALOADER.BAD_INPUT!r}: use "stop" or "skip"'
+        )
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        raise ConfigError(
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use one of {', '.join(OPTIMIZERS)}"
+        )
+    try:
+        window = MABN2d(1, **norm_settings(cfg), device="meta").window  # checks the values
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"MODEL.MABN: {error}") from error
+    if window > MAX_WINDOW:
+        raise ConfigError(
+            f"MODEL.MABN.SIMULATED_BATCH_SIZE is {cfg.MODEL.MABN.SIMULATED_BATCH_SIZE}, which is "
+            f"{window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
+        )
+    try:
+        BatchRenorm2d(1, **renorm_settings(cfg))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"MODEL.BRN: {error}") from error
+    for key, node in _norm_nodes(cfg):
+        try:
+            get_norm(node.NORM, 32)
+        except ValueError as error:
+            raise ConfigError(f"{key}.NORM: {error}") from error
+        if node.NORM in GPU_ONLY and train and workers > 1 and cfg.MODEL.DEVICE == "cpu":
+            raise ConfigError(
+                f"{key}.NORM is {node.NORM!r}, which needs GPUs where several processes train: use "
+                '"naiveSyncBN", which runs on the CPU too'
+            )
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise ConfigError(
+                    f"DATASETS.{key} names {name!r}, which is not registered: use one of "
+                    f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
+                )
+    if train:
+        _check_output(cfg, resume)
+    weights = cfg.MODEL.WEIGHTS
+    resumes = resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")
+    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
+        raise ConfigError(
+            f"MODEL.WEIGHTS is {weights!r}, which does not exist: "
+            + (
+                "download R50-wc.pth, the ImageNet weights of the MABN authors "
+                "(https://github.com/megvii-model/MABN), and run tools/convert_weights.py "
+                f"imagenet R50-wc.pth {weights}"
+                if weights.endswith("R50-wc.pth")
+                else "correct the path, or set it to '' to start from random weights"
+            )
+        )
+
+
+def check_data(cfg, train=True):
+    """Check the COCO files of DATASETS, as far as they are there already.
+
+    Raises:
+        BadAnnotationError: for what DATALOADER.BAD_INPUT "skip" can't or may not leave out: nothing of
+            DATASETS.TEST, where the AP of fewer images would be another.
+    """
+    for _, json_file, image_root in coco_files(cfg.DATASETS.TEST):
+        check_coco(json_file, image_root, remedy="as an evaluation leaves nothing out")
+    skip = cfg.DATALOADER.BAD_INPUT == "skip"
+    for name, json_file, image_root in coco_files(cfg.DATASETS.TRAIN if train else ()):
+        for problem in check_coco(json_file, image_root, skip):
+            logging.getLogger(__name__).warning(f"{name}: {problem}")
+
+
+def _check_output(cfg, resume):
+    """OUTPUT_DIR can be written to, and holds no other run."""
+    folder = cfg.OUTPUT_DIR
+    try:
+        PathManager.mkdirs(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder!r} can't be written to: {error}") from error
+    if not PathManager.isfile(f"{folder}/last_checkpoint"):
+        return
+    if not resume:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder!r} holds the checkpoints of a run: add --resume to go on with it, "
+            "or name another folder"
+        )
+    if not PathManager.isfile(f"{folder}/config.yaml"):
+        return
+    try:
+        with PathManager.open(f"{folder}/config.yaml") as file:
+            other = yaml.safe_load(file)["MODEL"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{folder}/config.yaml is not one of this program ({error}): name another OUTPUT_DIR"
+        ) from error
+    # What must be the same for a checkpoint to fit; schedules may be changed. Both from YAML, which
+    # has no tuples.
+    model = yaml.safe_load(cfg.MODEL.dump())
+    keys = [k for k in _differences(model, other, "MODEL.") if not k.startswith(MAY_CHANGE)]
+    if keys:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder!r} holds a run with other {', '.join(keys[:5])}: name another folder"
+        )
+
+
+def _differences(node, other, prefix=""):
+    """Yield the keys in which two nested configs differ."""
+    for name in sorted({*node, *other}):
+        key, value, theirs = f"{prefix}{name}", node.get(name), other.get(name)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            yield from _differences(value, theirs, f"{key}.")
+        elif value != theirs:
+            yield key
+
+
+def _value(cfg, key):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _norm_nodes(node, prefix=""):
+    """Yield (key, node) of every node that has a NORM."""
+    for name, value in node.items():
+        if hasattr(value, "items"):
+            key = f"{prefix}{name}"
+            if isinstance(value.get("NORM"), str):
+                yield key, value
+            yield from _norm_nodes(value, f"{key}.")

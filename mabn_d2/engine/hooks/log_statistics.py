@@ -1,0 +1,176 @@
+"""What the norms see while they train: batch statistics beside their moving averages."""
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ...layers import MABN2d, functional
+
+
+class Moving:
+    """A statistic (C,): its last value, its mean over `window` iterations, its EMA.
+
+    A value that is not finite enters neither average, which is decided on the device.
+    """
+
+    def __init__(self, window, momentum):
+        self.window, self.momentum, self.batch = window, momentum, None
+
+    def push(self, value):
+        if self.batch is None:
+            self.values, self.ema = (
+                value.new_zeros(self.window, len(value)),
+                torch.zeros_like(value),
+            )
+            self.count = torch.zeros(1, dtype=torch.int64, device=value.device)
+        accepted = functional.is_finite(value)
+        functional.push(self.values, self.count % self.window, value, accepted)
+        target = torch.where(accepted, value, self.ema)
+        moved = self.ema.lerp(target, 1 - self.momentum)
+        self.ema = torch.where(self.count == 0, target, moved)
+        self.count += accepted
+        self.batch = value
+
+    def means(self):
+        """Return {"batch", "window", "ema"}, each averaged over the channels, on the device."""
+        window = window_mean(self.values, self.count)
+        return {"batch": self.batch.mean(), "window": window, "ema": self.ema.mean()}
+
+
+def window_mean(values, count):
+    """Return the mean of a window (m, C) of which `count` (1,) rows, at most m, have been written."""
+    return (values.sum(0) / count.clamp(1, len(values))).mean()
+
+
+def forward_order(name):
+    """A sort key that brings names of layers nearer to the order in which the forward uses them.
+
+    Detectron2 registers an FPN's own layers before those of the network below it, and a sorted file
+    has "res2" before "stem".
+    """
+    parts = name.split(".")
+    return "bottom_up" not in parts, "stem" not in parts
+
+
+class LogStatistics(HookBase):
+    r"""Writes the statistics of some norms to the event storage every `period` iterations.
+
+    Scalars `statistics/{layer}/{statistic}/{batch,window,ema}`, means over the channels. With z the
+    normalized input, w the weight and g = dy w (times r in MABN), the statistics are
+
+    - of MABN: `x2` = E[x^2] and `psi` = E[g z], the two it has. `window` is the mean of the layer's own
+      window (SMAS), which the layer uses from its warm-up on, and `ema` of x2 its running_var (EMAS).
+      It has no EMA of psi; the one written is this hook's, to compare. `r` by the statistic it is
+      computed from: `window`, the layer's, and `batch`, sqrt(x2 + eps) / sqrt(running_var + eps) without
+      a bound. `r_clipped/window` is the share of channels whose r is at its bound;
+    - of BatchNorm: `mean`, `var`, `g` = E[g] and `psi` = E[g z], the four of the paper's section 3. It
+      uses `batch`; `window` and `ema` are this hook's: what MABN's averages of them would be. (Of
+      SyncBatchNorm they are those of one rank.)
+
+    Watched layers compute them in every iteration; a host synchronization happens when they are
+    written only. Statistics of scaled gradients are divided by the scale of their iteration.
+
+    Args:
+        layers: names of modules; empty: the first, the middle and the last norm.
+        window, momentum: m and a of the averages over BatchNorm's statistics.
+        grad_scaler: what the loss is scaled by, if it is.
+    Raises:
+        ValueError: for a name that is no MABN or BatchNorm layer of the model.
+    """
+
+    def __init__(self, model, period, layers=(), window=16, momentum=0.98, grad_scaler=None):
+        norms = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (MABN2d, nn.modules.batchnorm._BatchNorm))
+        }
+        wrong = [name for name in layers if name not in norms]
+        if wrong or not norms:
+            raise ValueError(
+                f"no MABN or BatchNorm layer to watch is named {wrong[0] if wrong else '...'!r}; "
+                f"there are {', '.join(norms) or 'none: switch the logging off'}"
+            )
+        names = sorted(norms, key=forward_order)
+        names = layers or [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+        self.layers = {name: norms[name] for name in names}
+        self.period, self.window, self.momentum = period, window, momentum
+        self.grad_scaler = grad_scaler
+
+    def before_train(self):
+        self.moving = {name: {} for name in self.layers}
+        self.handles = [
+            layer.register_forward_hook(self._watch(name)) for name, layer in self.layers.items()
+        ]
+
+    def after_train(self):
+        for handle in self.handles:
+            handle.remove()
+
+    def after_step(self):
+        if (self.trainer.iter + 1) % self.period:
+            return
+        scalars = {}
+        for name, layer in self.layers.items():
+            for statistic, moving in self.moving[name].items():
+                means = moving.means().items()
+                scalars |= {f"{name}/{statistic}/{kind}": mean for kind, mean in means}
+            if isinstance(layer, MABN2d) and layer.last is not None:
+                scalars |= {f"{name}/{key}": mean for key, mean in self._own(layer).items()}
+        values = (
+            torch.stack([mean.float() for mean in scalars.values()]).tolist() if scalars else []
+        )
+        for name, value in zip(scalars, values, strict=True):
+            get_event_storage().put_scalar(f"statistics/{name}", value, smoothing_hint=False)
+
+    def _own(self, layer):
+        """Return what a MABN layer itself keeps, {statistic/kind: mean over the channels}."""
+        x2, r, limit = layer.last.x2, layer.last.r, layer.clip_limit
+        return {
+            "x2/batch": x2.mean(),
+            "x2/window": window_mean(layer.buffer_x2, layer.iters),
+            "x2/ema": layer.running_var.mean(),
+            "psi/window": window_mean(layer.buffer_gz, layer.iters) / self._scale(x2.device),
+            "r/batch": ((x2 + layer.eps) / (layer.running_var + layer.eps)).sqrt().mean(),
+            "r/window": r.mean(),
+            "r_clipped/window": ((r <= 1 / limit) | (r >= limit)).float().mean(),
+        }
+
+    def _scale(self, device):
+        """Return what gradients are scaled by now, on the device."""
+        one = torch.ones((), device=device)
+        return one if self.grad_scaler is None else self.grad_scaler.scale(one)
+
+    def _watch(self, name):
+        def push(statistic, value):
+            moving = self.moving[name].setdefault(statistic, Moving(self.window, self.momentum))
+            moving.push(value.float())
+
+        def hook(layer, args, y):
+            x = args[0].detach()
+            if not y.requires_grad or not layer.training or x.numel() == 0:
+                return
+            axes = (0, 2, 3)
+            if isinstance(layer, MABN2d):
+                if layer.last is None:  # frozen
+                    return
+                var, r = layer.last.var, layer.last.r
+                mean, scale = torch.zeros_like(var), layer.weight.detach() * r
+            else:
+                var, mean = torch.var_mean(x.float(), axes, correction=0)
+                scale = 1.0 if layer.weight is None else layer.weight.detach()
+                push("mean", mean)
+                push("var", var)
+
+            def backward(dy):
+                dy = dy.float() / self._scale(dy.device)
+                if getattr(layer, "activation", None):
+                    dy = dy * (y.detach() > 0)
+                z = (x - mean[:, None, None]) * (var + layer.eps).rsqrt()[:, None, None]
+                if not isinstance(layer, MABN2d):
+                    push("g", dy.mean(axes) * scale)
+                push("psi", (dy * z).mean(axes) * scale)
+
+            y.register_hook(backward)
+
+        return hook

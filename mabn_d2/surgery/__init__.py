@@ -1,0 +1,1 @@
+"""Changes of models that are already built."""

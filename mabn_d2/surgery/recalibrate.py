@@ -1,0 +1,163 @@
+"""running_var from data, at fixed weights: fvcore's `update_bn_stats`, for MABN."""
+
+import logging
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+from ..layers import MABN2d
+from ..layers.ops import torch_ops
+
+_logger = logging.getLogger(__name__)
+
+
+class _Reached(Exception):
+    """Ends a forward behind the last layer that is of interest."""
+
+
+def layers_to_recalibrate(model):
+    """Return {MABN layer: name} of those that are not frozen, whose weight requires grad."""
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, MABN2d) and module.weight.requires_grad
+    }
+
+
+@torch.no_grad()
+def update_mabn_stats(model, data_loader, num_iters=200):
+    r"""Set running_var of every MABN layer to the second moment of what reaches it.
+
+    In training running_var averages over the last iterations, whose weights differed. Here, with
+    fixed weights and over all batches,
+
+    .. math:: R = E[x^2] = \sum_{batches} \sum_{n,h,w} x_{nchw}^2 \Big/ \sum_{batches} N H W
+
+    (section 3 of "Rethinking Batch in BatchNorm", https://arxiv.org/abs/2105.07576, argues for the
+    like in BatchNorm.) MABN layers normalize by running_var meanwhile, as in evaluation, and are
+    set one after the other, in the order in which the model uses them: what reaches a layer was
+    normalized by the new values of all before it. So the result depends neither on the values of
+    before nor on how the same images are cut into batches, or spread over ranks (up to rounding).
+
+    Note that
+
+    1. each layer takes forwards over all batches up to itself: half a forward for each layer and
+       batch, where BatchNorm's counterpart takes one for each batch. Few batches do, since each
+       has thousands of pixels, fewer in the RoI heads;
+    2. the batches stay in memory, on the data loader's side, until the end;
+    3. the model's mode is left as it is, but for MABN's. Detectron2's detectors sample RoIs at
+       random in training mode; their heads then get values that vary by the draw.
+
+    Args:
+        model: called with each batch. MABN layers whose weight does not require grad are frozen,
+            and left alone; so are those that no batch reaches, with a warning.
+        data_loader: an iterable of batches.
+        num_iters: the number of batches to take.
+    Raises:
+        ValueError: if there are fewer batches, or no layer to set.
+        FloatingPointError: naming a layer that something reaches that is not finite; nothing has
+            changed then.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # a forward that ends early must not be waited for
+    layers = layers_to_recalibrate(model)
+    if not layers:
+        raise ValueError(
+            "the model has no MABN layer to recalibrate: the weight of a frozen one has to require "
+            "grad"
+        )
+    batches = list(islice(data_loader, num_iters))
+    if not batches or len(batches) < num_iters:
+        raise ValueError(
+            f"{num_iters} batches are to be read, at least 1, but the data loader has "
+            f"{len(batches)}: change num_iters (TEST.PRECISE_BN.NUM_ITER)"
+        )
+    before = {layer: layer.running_var.clone() for layer in layers}
+    try:
+        with _as_in_evaluation(layers):
+            calls = _calls(model, layers, batches[0])
+            order = [*calls, *(layer for layer in layers if layer not in calls)]
+            for index, layer in enumerate(order, start=1):
+                x2 = _second_moment(model, layer, batches, calls.get(layer))
+                if x2 is None:
+                    _logger.warning(f"no batch reaches {layers[layer]}: its running_var is left")
+                elif not x2.isfinite().all():
+                    raise FloatingPointError(
+                        f"what reaches {layers[layer]} is not finite: running_var is left "
+                        "everywhere"
+                    )
+                else:
+                    layer.running_var.copy_(x2)
+                if index % 10 == 0 or index == len(order):
+                    _logger.info(f"recalibrated {index} of {len(order)} MABN layers")
+    except BaseException:
+        for layer, running_var in before.items():
+            layer.running_var.copy_(running_var)
+        raise
+
+
+@contextmanager
+def _as_in_evaluation(layers):
+    modes = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
+
+
+def _calls(model, layers, batch):
+    """Return {layer: number of its calls} in one forward, in the order of the first ones."""
+    calls = {}
+
+    def count(layer, args):
+        calls[layer] = calls.get(layer, 0) + 1
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    try:
+        model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _second_moment(model, layer, batches, calls):
+    """Return E[x^2] (C,) over all inputs of `layer`, on all ranks; None if there are none.
+
+    Args:
+        calls: how often a forward uses the layer, after which it may end; None if unknown.
+    """
+    total = layer.running_var.new_zeros(layer.num_features + 1, dtype=torch.float64)
+    seen = 0
+
+    def add(layer, args):
+        nonlocal seen
+        x = args[0]
+        if x.numel():
+            count = x.numel() // x.shape[1]
+            total[:-1] += torch_ops.mean_square(torch_ops.dense(x)).double() * count
+            total[-1] += count
+        seen += 1
+        if seen == calls:
+            raise _Reached
+
+    hook = layer.register_forward_pre_hook(add)
+    try:
+        for batch in batches:
+            seen = 0
+            try:
+                model(batch)
+            except _Reached:
+                pass
+    finally:
+        hook.remove()
+    if comm.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total[:-1] / total[-1] if total[-1] > 0 else None

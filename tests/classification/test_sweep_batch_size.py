@@ -1,0 +1,117 @@
+"""The sweep: runs side by side, repeats none, mixes no settings, loses no row, draws."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import sweep_batch_size
+
+from classifying import ENVIRONMENT, make_data
+from paths import ROOT
+
+SMALL = (
+    "--arch small --crop 32 --val-resize 32 --batch-size 8 --epochs 1 --epoch-iters 3 --workers 0 "
+    "--device cpu --lr 0.02"
+).split()
+TWO = ("--sizes", "2", "8", "--seeds", "0", "--jobs", "2", "--norms", "bn", "gn", "mabn")
+COMMITTED = ROOT / "results/batch_size/sweep.csv"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working folder that has the committed results and data."""
+    (tmp_path / "results/batch_size").mkdir(parents=True)
+    (tmp_path / "results/batch_size/sweep.csv").write_bytes(COMMITTED.read_bytes())
+    make_data(tmp_path)
+    return tmp_path
+
+
+def start(folder, *arguments):
+    command = [sys.executable, ROOT / "tools/sweep_batch_size.py", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def sweep(folder, *more, sizes=TWO):
+    process = start(folder, "--data", "crops", *sizes, "--", *SMALL, *more)
+    out, errors = process.communicate(timeout=200)
+    return process.returncode, out, errors
+
+
+def read(folder):
+    text = (folder / "results/batch_size_crops/sweep.csv").read_text()
+    return text, list(csv.DictReader(text.splitlines()))
+
+
+def test_runs_once_and_draws(folder):
+    code, _, errors = sweep(folder)
+    assert code == 0, errors
+    text, rows = read(folder)
+    found = sorted((row["norm"], row["norm_batch"]) for row in rows)
+    assert found == [("bn", "2"), ("bn", "8"), ("gn", "2"), ("mabn", "2"), ("mabn", "8")]
+    for row in rows:
+        assert 0 <= float(row["top1_error"]) <= 100 and float(row["minutes"]) >= 0
+        assert (
+            row["device"] == "cpu" and row["torch"] and row["settings"].startswith("--data crops ")
+        )
+    picture = folder / "results/batch_size_crops/sweep.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (folder / "results/batch_size/sweep.csv").read_bytes() == COMMITTED.read_bytes()
+
+    picture.unlink()
+    code, out, _ = sweep(folder)
+    assert code == 0 and picture.exists() and "top1_error" not in out and read(folder)[0] == text
+
+    code, _, errors = sweep(folder, "--weight-decay", "0.1")
+    assert code == 1 and "of other settings: name another --output" in errors
+    assert read(folder)[0] == text
+
+
+def test_a_failed_run_loses_no_other(folder):
+    """48 has no window of 32: its run fails, and the next sweep repeats only that one."""
+    sizes = ("--sizes", "48", "2", "--seeds", "0", "--jobs", "1", "--norms", "mabn", "bn")
+    code, _, errors = sweep(folder, sizes=sizes)
+    assert code == 1 and "1 runs failed" in errors and "mabn 48 seed 0: " in errors
+    assert "Traceback" not in errors
+    found = [(row["norm"], row["norm_batch"]) for row in read(folder)[1]]
+    assert found == [("bn", "48"), ("mabn", "2"), ("bn", "2")]
+
+
+def test_a_stopped_sweep_goes_on(folder):
+    sizes = ("--sizes", "2", "--seeds", "0", "1", "--jobs", "1", "--norms", "gn")
+    more = ("--epochs", "2", "--epoch-iters", "100", "--log-period", "1")
+    process = start(folder, "--data", "crops", *sizes, "--", *SMALL, *more)
+    runs = folder / "results/batch_size_crops/runs"
+    end = time.monotonic() + 120
+    while not list(runs.glob("gn_2_seed0_*/log.json")) and time.monotonic() < end:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    (checkpoint,) = runs.glob("*/checkpoint.pth")  # of the first run; the second one did not begin
+    assert not (folder / "results/batch_size_crops/sweep.csv").exists()
+    code, _, errors = sweep(folder, *more, sizes=sizes)
+    assert code == 0, errors
+    rows = read(folder)[1]
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    assert rows[0]["minutes"] == "" and float(rows[1]["minutes"]) > 0
+    log = (checkpoint.parent / "log.json").read_text().splitlines()
+    assert len(log) == 200 + 2  # every iteration once, and two tests
+
+
+def test_committed_table_is_that_of_the_runs():
+    table = sweep_batch_size.table(sweep_batch_size.read_rows(COMMITTED))
+    assert table.splitlines()[2].split("|")[1:3] == [" BN                       ", " 51.4 ± 0.4 "]
+    assert table in (ROOT / "docs/classification.md").read_text()
+    assert (COMMITTED.parent / "table.md").read_text() == f"{table}\n"

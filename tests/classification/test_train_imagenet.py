@@ -1,0 +1,174 @@
+"""tools/train_imagenet.py: exact tests, all norms, clear errors before data is read."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+import train_imagenet
+
+from classifying import ENVIRONMENT, RANKS, arguments, damage, load, make_data, read_log, train
+from mabn_d2.checkpoint.io import CheckpointError
+from mabn_d2.classification.image_folder import Images, ImagesError, val_transform
+from mabn_d2.classification.models import ARCHS, NORMS, build_classifier
+from paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def test_tested_errors_are_exact(tmp_path):
+    """The errors of a test in batches, one image left out as unreadable, counted here one by one."""
+    data = make_data(tmp_path)
+    bad = damage(data / "val")
+    train(data, tmp_path, "--epochs", 1, "--bgr255")
+    test = ("--test-only", "--checkpoint", tmp_path / "checkpoint.pth", "--bgr255")
+    result = train(data, tmp_path, *test)
+    model = build_classifier("small", "mabn", 2, 32, 10)
+    model.load_state_dict(load(tmp_path)["model"])
+    val = Images(data / "val", val_transform(32, 32), "drop")
+    ranks = []
+    for image, label, *_ in (val[index, 0] for index in range(49)):
+        if image is not None:
+            with torch.no_grad():
+                scores = model.eval()(image.flip(0)[None].float())[0]
+            ranks.append((scores > scores[label]).sum().item())
+    assert result["images"] == len(ranks) == 48 and result["bad_paths"] == [bad]
+    assert result["top1_error"] == pytest.approx(100 * sum(r > 0 for r in ranks) / 48)
+    assert result["top5_error"] == pytest.approx(100 * sum(r > 4 for r in ranks) / 48)
+    (line,) = read_log(tmp_path, "epoch")
+    assert line["bad_images"] == 1 and line["bad_paths"] == [bad]
+    with pytest.raises(ImagesError, match=f"{bad} can't be read"):
+        train(data, tmp_path, *test, "--strict", "--workers", 1)
+
+
+def test_two_processes_count_each_image_once(tmp_path):
+    """One rank meets the damaged training image, the other one that of the test."""
+    data = make_data(tmp_path)
+    bad = damage(data / "train"), damage(data / "val")
+    command = [
+        *RANKS,
+        "tools/train_imagenet.py",
+        *arguments(data, tmp_path, "--epochs", 1, "--epoch-iters", 4),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = load(tmp_path)["result"]
+    alone = train(data, tmp_path, "--test-only", "--checkpoint", tmp_path / "checkpoint.pth")
+    for key, value in alone.items():
+        assert result[key] == pytest.approx(value), key
+    assert result["images"] == 48 and result["bad_paths"] == [bad[1]]
+    (line,) = read_log(tmp_path, "loss")  # 64 images in 4 iterations of 16: each comes once
+    assert line["bad_paths"] == [bad[0]] and line["bad_images"] == 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_trains_in_either_memory_format(data, tmp_path, norm, channels_last):
+    train(
+        data,
+        tmp_path,
+        "--norm",
+        norm,
+        "--amp",
+        *["--channels-last"] * channels_last,
+        "--batch-size",
+        64,
+        "--epochs",
+        5,
+        "--epoch-iters",
+        3,
+        "--no-augment",
+        "--lr",
+        0.05,
+        "--schedule",
+        "cosine",
+        "--warmup-epochs",
+        1,
+        "--label-smoothing",
+        0,
+    )
+    torch.manual_seed(0)
+    before = dict(build_classifier("small", norm, 2, 32, 10).named_parameters())
+    after = load(tmp_path)["model"]
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
+    lines = read_log(tmp_path, "loss")
+    assert [line["rejected_batches"] for line in lines] == [0] * 5
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    # The rate of the last iteration of each epoch: grown in the first one, cosine over four.
+    assert lines[0]["lr"] == pytest.approx(0.05) and lines[-1]["lr"] == pytest.approx(
+        0.00085, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_arch_takes_mabn(arch):
+    with torch.device("meta"):
+        model = build_classifier(arch, "mabn", 2, 32, 1000)
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+    depth = {"resnet18": 20, "resnet34": 36, "resnet101": 104, "resnet152": 155}.get(arch, 53)
+    norms = [m for m in model.modules() if type(m).__name__ == "MABN2d"]
+    assert len(norms) == depth and all(norm.split_batch for norm in norms)
+
+
+def test_published_classifier_loads(tmp_path):
+    """A file with the names and shapes of R50-wc.pth, as --test-only --checkpoint takes it."""
+    shapes = json.loads((ROOT / "tests/golden/r50_classification_keys.json").read_text())
+    state = {name: torch.rand(shape) for name, shape in shapes.items()}
+    torch.save(
+        {"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "R50.pth"
+    )
+    model = build_classifier("resnet50", "mabn", 2, 32, 1000)
+    args = train_imagenet.parse_args(["--data", "", "--test-only", "--checkpoint", "R50.pth"])
+    train_imagenet.load_checkpoint(model, tmp_path / "R50.pth", args)
+    found = model.state_dict()
+    assert not {name for name in state if "sta_matrix" not in name} - found.keys()
+    for name in ("conv1.weight", "layer4.2.bn3.running_var", "fc.bias"):
+        assert torch.equal(found[name], state[name])
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--norm-batch", 3), "multiple of batch_size"),
+        (("--norm-option", "warmup=3"), "has no argument warmup"),
+        (("--norm", "gn", "--norm-option", "eps=1"), "takes no settings"),
+        (("--test-only", "--checkpoint", "nothing.pth"), "can't read nothing.pth"),
+        (("--lr", 1e9, "--epoch-iters", 20), "not finite: lower --lr"),
+    ],
+)
+def test_bad_arguments_are_named(data, tmp_path, more, message):
+    with pytest.raises((ValueError, TypeError, FloatingPointError), match=message):
+        train(data, tmp_path, *more)
+
+
+def test_errors_before_data_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/out can't be written to: Not a directory"):
+        train("no data", tmp_path / "file/out")
+    (tmp_path / "checkpoint.pth").touch()
+    with pytest.raises(ValueError, match="holds a run: add --resume auto"):
+        train("no data", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="syncbn over several processes needs GPUs"):
+        train("no data", tmp_path / "other", "--norm", "syncbn")
+
+
+def test_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path):
+    train(data, tmp_path, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    for more, message in (
+        (("--norm", "gn"), "of --norm mabn, not gn"),
+        (("--arch", "resnet18"), "of --arch small, not resnet18"),
+        (("--lr", 0.1, "--workers", 1), "a run with --epochs 1, not 2; --lr 0.02, not 0.1: go on"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(data, tmp_path, *more, "--resume", "auto")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    torch.save(load(tmp_path)["model"], tmp_path / "checkpoint.pth")
+    with pytest.raises(
+        CheckpointError, match="lacks args, iteration, optimizer, result: start from"
+    ):
+        train(data, tmp_path, "--resume", "auto")

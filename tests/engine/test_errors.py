@@ -1,0 +1,148 @@
+"""What a user can mend is one line and exit status 1, by the commands themselves."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from commands import CONFIG, SMALL, exit_line, lines, train
+from paths import ROOT
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["MODEL.MABN.WARMUP", 3], "MODEL.MABN.WARMUP"),
+        (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM: unknown norm 'MABM'"),
+        (["MODEL.MABN.BATCH_SIZE", 3], "BATCH_SIZE (3) does not divide"),
+        (["SOLVER.IMS_PER_BATCH", 3], "multiple of the 2"),
+        (["MODEL.WEIGHTS", "weights/R50-wc.pth"], "convert_weights.py imagenet"),
+        (["--num-gpus", 0, "--num-machines", 2], "--num-gpus 0 with --num-machines 2"),
+    ],
+)
+def test_bad_config(arguments, message, tmp_path, monkeypatch):
+    base = ["--config-file", CONFIG, "--num-gpus", 2, "OUTPUT_DIR", tmp_path]
+    if arguments[0].startswith("--"):
+        base, arguments = base[:2] + arguments, []
+    assert message in exit_line(monkeypatch, "train_net.py", *base, *arguments)
+
+
+def test_bad_config_of_other_tools(tmp_path, monkeypatch):
+    bad = ["SOLVER.FOO", 1]
+    for tool, arguments in (
+        ("demo.py", ["--num-gpus", 0, "OUTPUT_DIR", tmp_path, *bad]),
+        ("compare_norms.py", ["--output", tmp_path, "--set", *bad]),
+    ):
+        assert "SOLVER.FOO" in exit_line(monkeypatch, tool, *arguments)
+
+
+def test_real_process_and_its_traceback(tmp_path, monkeypatch):
+    command = ["--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.FOO", 1]
+    done = train(*command)
+    (line,) = lines(done.stderr)
+    assert done.returncode == 1 and line.startswith("train_net.py: ") and "SOLVER.FOO" in line
+    monkeypatch.setenv("MABN_D2_TRACEBACK", "1")
+    assert "Traceback" in train(*command).stderr
+
+
+class Hostile:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+LAZY = """
+from detectron2.config import LazyConfig
+globals().update(LazyConfig.load({twin!r}))
+train.output_dir, train.init_checkpoint = {output!r}, {weights!r}
+"""
+
+
+def hostile_commands(folder, weights):
+    """Return {name: command} of all that read a checkpoint; `folder`/output is to be resumed."""
+    output = folder / "output"
+    output.mkdir()
+    (output / "last_checkpoint").write_text(weights.name)
+    os.link(weights, output / weights.name)
+    os.link(weights, output / "checkpoint.pth")  # what --resume auto looks for
+    for split in ("train", "val"):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folder / split / name / "0.png")
+    twin = str(ROOT / "configs/lazy/mask_rcnn_R50_FPN_mabn_2x.py")
+    lazy = folder / "lazy.py"
+    lazy.write_text(LAZY.format(twin=twin, output=str(folder / "lazy"), weights=str(weights)))
+    net = ["train_net.py", "--num-gpus", 0, "--config-file", CONFIG]
+    there, new = ["OUTPUT_DIR", output], ["OUTPUT_DIR", folder / "new", "MODEL.WEIGHTS", weights]
+    convert, out = "convert_weights.py", folder / "out.pth"
+    classify = [
+        "train_imagenet.py",
+        "--data",
+        folder,
+        "--arch",
+        "small",
+        "--workers",
+        0,
+        "--crop",
+        32,
+        "--val-resize",
+        32,
+        "--device",
+        "cpu",
+    ]
+    return {
+        "train --resume": [*net, "--resume", *there],
+        "train MODEL.WEIGHTS": [*net, *new],
+        "train --eval-only": [*net, "--eval-only", *new],
+        "lazy --eval-only": ["lazyconfig_train_net.py", "--num-gpus", 0, "--eval-only",
+                             "--config-file", lazy],
+        "convert imagenet": [convert, "imagenet", weights, out],
+        "convert detector": [convert, "detector", weights, out],
+        "convert fold": [convert, "fold", "--config-file", CONFIG, weights, out],
+        "classify --checkpoint": [*classify, "--checkpoint", weights],
+        "classify --resume": [*classify, "--output", output, "--resume", "auto"],
+    }  # fmt: skip
+
+
+COMMANDS = ["train --resume", "train MODEL.WEIGHTS", "train --eval-only", "lazy --eval-only",
+            "convert imagenet", "convert detector", "convert fold", "classify --checkpoint",
+            "classify --resume"]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_hostile_checkpoint(name, suffix, tmp_path, monkeypatch):
+    """Refused by every command, nothing of it run."""
+    trap, weights = tmp_path / "trap", tmp_path / f"hostile{suffix}"
+    data = {"model": {"w": Hostile(trap)}, "__author__": "x"}
+    torch.save(data, weights) if suffix == ".pth" else weights.write_bytes(pickle.dumps(data))
+    line = exit_line(monkeypatch, *hostile_commands(tmp_path, weights)[name])
+    assert "is refused" in line and "mkdir" in line and not trap.exists()
+    if suffix == ".pkl":
+        pickle.loads(weights.read_bytes())
+        assert trap.exists()  # the file would have done it
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_damaged_images(tmp_path, monkeypatch, processes):
+    """In training and in evaluation, read by a worker: the path, from every process."""
+    DatasetCatalog.get("digit_scenes_train")  # makes them
+    made = Path(MetadataCatalog.get("digit_scenes_train").image_root).parent
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for split, flags in (("train", []), ("val", ["--eval-only"])):
+        shutil.rmtree(tmp_path / "digit_scenes", ignore_errors=True)
+        shutil.copytree(made, tmp_path / "digit_scenes")
+        for path in (tmp_path / "digit_scenes" / split).iterdir():
+            os.truncate(path, 1000)
+        done = train(*flags, "--num-gpus", processes, "--dist-url", "auto", *SMALL,
+                     "OUTPUT_DIR", tmp_path / "output")  # fmt: skip
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        (line, *_) = [line for line in lines(done.stderr) if "can't be used" in line]
+        assert line.startswith(f"train_net.py: {tmp_path}/digit_scenes/{split}/0")

@@ -1,0 +1,179 @@
+"""LazyConfig: the same model as the YAML's, and a run of the launcher on digit scenes."""
+
+import json
+import os
+import re
+import runpy
+import signal
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from test_all_configs import load
+
+from commands import assert_ended, start
+from inputs import training_inputs
+from mabn_d2.engine import ConfigError
+from mabn_d2.layers import BatchRenorm2d, MABN2d
+from mabn_d2.solver import build_optimizer
+from paths import ROOT
+
+LAUNCHER = runpy.run_path(str(ROOT / "tools/lazyconfig_train_net.py"))
+NAMES = ["mask_rcnn_R50_FPN_mabn_2x", "scratch_mask_rcnn_R50_FPN_mabn_2x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_have_equal_keys_and_outputs(name):
+    cfg, lazy = load(f"{name}.yaml"), LazyConfig.load(str(ROOT / "configs/lazy" / f"{name}.py"))
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
+    lazy.model.proposal_generator.post_nms_topk = (1000, 20)
+    one, two = build_model(cfg), instantiate(lazy.model)
+    norms = [m for m in one.modules() if isinstance(m, MABN2d)]
+    assert len(norms) == sum(isinstance(m, MABN2d) for m in two.modules()) == 69
+    for norm in norms:
+        norm.running_var.uniform_(0.5, 2)
+    one.roi_heads.box_predictor.cls_score.weight.data.mul_(100)  # scores that differ
+    assert one.state_dict().keys() == two.state_dict().keys()
+    two.load_state_dict(one.state_dict())
+    inputs = training_inputs()
+    with torch.no_grad():
+        found = [model.eval()(inputs)[0]["instances"] for model in (one, two)]
+    assert len(found[0]) > 5
+    for a, b in zip(*(f.get_fields().values() for f in found), strict=True):
+        assert torch.equal(*(getattr(t, "tensor", t) for t in (a, b)))
+
+    lazy.train.device = "cpu"
+    fused = LAUNCHER["build_model"](lazy)
+    fused.load_state_dict(one.state_dict())
+    losses = []
+    for model in (one, fused):
+        torch.manual_seed(1)  # of the samples of anchors and RoIs
+        with EventStorage():
+            losses.append({k: v.item() for k, v in model.train()(inputs).items()})
+    assert losses[0] == losses[1]
+
+    lazy.optimizer.params.model = two
+    groups = [
+        [
+            {k: v for k, v in g.items() if k in ("lr", "weight_decay", "momentum")}
+            | {"count": len(g["params"])}
+            for g in optimizer.param_groups
+        ]
+        for optimizer in (build_optimizer(cfg, one), instantiate(lazy.optimizer))
+    ]
+    assert groups[0] == groups[1]
+    scheduler = instantiate(lazy.lr_multiplier)
+    assert [round(scheduler(i / 180000), 6) for i in (0, 500, 119999, 120000, 160000)] == [
+        0.333333,
+        1,
+        1,
+        0.1,
+        0.01,
+    ]
+    assert lazy.train.max_iter == cfg.SOLVER.MAX_ITER
+
+
+USERS = """
+from detectron2.config import LazyConfig
+
+globals().update(LazyConfig.load({twin!r}))
+model.backbone.bottom_up.stages.depth = 18
+del model.backbone.bottom_up.stages.stride_in_1x1
+model.backbone.out_channels = 16
+model.proposal_generator.head.in_channels = 16
+model.proposal_generator.post_nms_topk = (20, 10)
+model.roi_heads.update(num_classes=10, batch_size_per_image=8)
+for _head in (model.roi_heads.box_head, model.roi_heads.mask_head):
+    _head.conv_dims = [16, 16]
+    _head.input_shape.channels = 16
+dataloader.train.update(total_batch_size=2, num_workers=0)
+dataloader.train.dataset.names = "small_scenes_train"
+dataloader.train.mapper.instance_mask_format = "bitmask"
+dataloader.train.mapper.augmentations[0].short_edge_length = (64,)
+dataloader.test.num_workers = 0
+dataloader.test.dataset.names = "small_scenes_val"
+dataloader.test.mapper.augmentations[0].short_edge_length = 64
+optimizer.lr = 0.001
+train.update(output_dir={output!r}, log_period=1)
+train.mabn.clip_start = 100
+"""
+
+
+SIGNALLED = """
+dataloader.train.num_workers = 2
+dataloader.train.dataset.names = "digit_scenes_train"
+train.max_iter = 100000
+"""
+
+
+def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
+    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
+    config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
+
+    def run(*arguments):
+        command = ["--config-file", str(config), "--num-gpus", "0", *arguments]
+        return LAUNCHER["main"](default_argument_parser().parse_args(command))
+
+    run("train.max_iter=2")
+    run("--resume", "train.max_iter=3", "+train.statistics.period=1")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    training = [line for line in lines if "total_loss" in line]
+    assert [line["iteration"] for line in training] == [0, 1, 2]
+    watched = {key.split("/")[1] for key in training[2] if key.startswith("statistics/")}
+    assert len(watched) == 3 and "backbone.bottom_up.stem.conv1.norm" in watched
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert state["iteration"] == 2
+    assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
+    results = run("--resume", "--eval-only")
+    assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+
+
+def test_signal_to_the_group_writes_a_checkpoint(tmp_path):
+    """The trainer gets the batches of its iteration: loader workers leave the signal to it."""
+    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
+    config.write_text(USERS.format(twin=twin, output=str(tmp_path)) + SIGNALLED)
+    process = start(
+        "lazyconfig_train_net.py", "--config-file", config, "--num-gpus", 0, start_new_session=True
+    )
+    lines, sent = [], False
+    for line in process.stdout:
+        lines.append(line)
+        if "iter: 3 " in line and not sent:
+            sent = True
+            os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, "".join(lines[-30:])
+    assert not [line for line in lines if "Traceback" in line], "".join(lines[-30:])
+    assert re.fullmatch(r"model_0{6}\d\.pth", (tmp_path / "last_checkpoint").read_text())
+    assert_ended(process.pid)
+
+
+def test_settings_of_batch_renorm():
+    cfg = LazyConfig.load(str(ROOT / f"configs/lazy/{NAMES[1]}.py"))
+    cfg.train.device, cfg.train.brn = "cpu", {"warmup_iters": 7, "r_max": 2.0}
+    cfg.model.backbone.bottom_up.stem.norm = "BRN"
+    norm = LAUNCHER["build_model"](cfg).backbone.bottom_up.stem.conv1.norm
+    assert type(norm) is BatchRenorm2d and (norm.warmup_iters, norm.r_max) == (7, 2.0)
+
+
+def test_settings_of_several_processes(tmp_path):
+    """All of train.ddp reaches DistributedDataParallel: here of one process."""
+    net = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
+    net.forward = lambda x: net["used"](x)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        settings = {"broadcast_buffers": False, "find_unused_parameters": True}
+        model = LAUNCHER["distribute"](net, "cpu", fp16_compression=True, **settings)
+        assert model.find_unused_parameters and not model.broadcast_buffers
+        for _ in range(2):  # the second would wait for the unused one
+            model(torch.full((1, 2), 1 / 3)).sum().backward()
+        # It has been through float16, which 1/3 has not in full.
+        assert net["used"].weight.grad[0, 0] == 2 * torch.tensor(1 / 3).half().float()
+        with pytest.raises(TypeError, match="no_such"):
+            LAUNCHER["distribute"](net, "cpu", no_such=True)
+        with pytest.raises(ConfigError, match='use "naiveSyncBN"'):
+            LAUNCHER["distribute"](torch.nn.SyncBatchNorm(4), "cpu")
+    finally:
+        torch.distributed.destroy_process_group()

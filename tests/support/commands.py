@@ -1,0 +1,72 @@
+"""Runs the tools as a user does."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import time
+
+import pytest
+
+from paths import ROOT
+
+CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+# Options of CONFIG for a model whose iteration takes a tenth of a second.
+SMALL = [
+    "MODEL.RESNETS.DEPTH", 10, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", 8, "MODEL.FPN.OUT_CHANNELS", 16,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
+    "TEST.DETECTIONS_PER_IMAGE", 5,
+]  # fmt: skip
+
+
+def start(tool, *arguments, stderr=subprocess.STDOUT, **options):
+    """Start a tool; its output is read from `stdout`."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",  # Detectron2's own
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, f"tools/{tool}", *map(str, arguments)], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=stderr, text=True, **options,
+    )  # fmt: skip
+
+
+def run(tool, *arguments):
+    """Run a tool to its end."""
+    process = start(tool, *arguments, stderr=subprocess.PIPE)
+    stdout, stderr = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def train(*arguments):
+    return run("train_net.py", "--config-file", CONFIG, *arguments)
+
+
+def lines(stderr):
+    """Return what a command says but for torch's own log, of missing CUDA for example."""
+    return [line for line in stderr.splitlines() if not re.match(r"W\d{4} .*torch", line)]
+
+
+def exit_line(monkeypatch, tool, *arguments):
+    """Run a tool in this process; return the line that it exits with, status 1."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    # What Python prints to stderr, to exit with 1.
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    assert stop.value.code.startswith(f"{tool}: ")
+    return stop.value.code
+
+
+def assert_ended(group):
+    """No process of a group is left, workers included, or is soon: torch's look every 5 s."""
+    for _ in range(60):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"processes of the group {group} are left")

@@ -1,0 +1,31 @@
+"""tools/train_net.py on a machine that is slower than the others: what test_machines.py runs."""
+
+import random
+import sys
+import time
+
+from detectron2.engine import default_argument_parser
+
+from mabn_d2.engine import launch
+from mabn_d2.engine.guarded_trainer import GuardedTrainer
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+from train_net import main
+
+run_step = GuardedTrainer.run_step
+
+
+def late(trainer):
+    time.sleep(random.uniform(0, 1))
+    run_step(trainer)
+
+
+def slow(args):
+    GuardedTrainer.run_step = late
+    return main(args)
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(slow, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))

@@ -1,0 +1,126 @@
+"""checkpoint/recalibrate.py and its hook."""
+
+import pytest
+import torch
+from torch import nn
+
+from detectors import narrow_cfg, scenes
+from mabn_d2 import update_mabn_stats
+from mabn_d2.engine import Trainer
+from mabn_d2.engine.hooks import RecalibrateMABN
+from mabn_d2.layers import CenConv2d, MABN2d
+from mabn_d2.modeling.norm import build_model
+
+
+class Small(nn.Module):
+    """A residual chain, one norm used twice, one on the side, images of different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(CenConv2d(3, 8, 3, padding=1), MABN2d(8), nn.ReLU())
+        self.conv, self.norm = CenConv2d(8, 8, 3, padding=1), MABN2d(8, activation="relu")
+        self.shared = nn.Sequential(CenConv2d(8, 8, 1), MABN2d(8))
+        self.last = nn.Sequential(CenConv2d(8, 4, 3), MABN2d(4))
+        self.unused = MABN2d(3)
+
+    def forward(self, images):
+        x = self.stem(images)
+        x = x + self.norm(self.conv(x))
+        return self.last(self.shared(x) + self.shared(-x[:, :, ::2, ::2]).mean())
+
+
+def variances(model):
+    return [m.running_var.clone() for m in model.modules() if isinstance(m, MABN2d)]
+
+
+@torch.no_grad()
+def test_every_layer_gets_the_second_moment_of_its_input():
+    model, images = Small(), torch.randn(12, 3, 10, 14)
+    update_mabn_stats(model, images.split(5), 3)
+    x = nn.functional.conv2d(
+        images,
+        model.stem[0].weight - model.stem[0].weight.mean((1, 2, 3), True),
+        model.stem[0].bias,
+        padding=1,
+    )
+    torch.testing.assert_close(
+        model.stem[1].running_var, x.double().square().mean((0, 2, 3)).float()
+    )
+    # Then the whole, in evaluation, has inputs of that moment: the values agree with one another.
+    seen = {}
+    for module in model.modules():
+        if isinstance(module, MABN2d):
+            module.register_forward_pre_hook(lambda m, args: seen.setdefault(m, []).append(args[0]))
+    model.eval()(images)
+    assert [len(inputs) for inputs in seen.values()] == [1, 1, 2, 1]
+    for norm, inputs in seen.items():
+        x = torch.cat([i.transpose(0, 1).flatten(1) for i in inputs], 1)
+        torch.testing.assert_close(norm.running_var, x.square().mean(1), rtol=1e-5, atol=0)
+    assert torch.equal(model.unused.running_var, torch.ones(3))
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [7, 5], [5, 7], [2, 3, 7]])
+def test_the_batch_split_and_the_values_before_do_not_matter(sizes):
+    model, images = Small(), torch.randn(12, 3, 10, 14)
+    update_mabn_stats(model, images.split(6), 2)
+    expected = variances(model)
+    for norm in model.modules():
+        if isinstance(norm, MABN2d) and norm is not model.unused:
+            norm.running_var.uniform_(0.01, 100)
+    state = [m.iters.clone() for m in model.modules() if isinstance(m, MABN2d)]
+    update_mabn_stats(model, iter(images.split(sizes)), len(sizes))
+    torch.testing.assert_close(variances(model), expected, rtol=1e-5, atol=0)
+    assert [m.iters for m in model.modules() if isinstance(m, MABN2d)] == state
+    assert all(module.training for module in model.modules())
+
+
+def test_what_is_left_alone_and_what_is_refused(caplog):
+    model, images = Small(), torch.randn(4, 3, 10, 14)
+    model.last[1].weight.requires_grad_(False)  # frozen
+    update_mabn_stats(model, [images], 1)
+    assert torch.equal(model.last[1].running_var, torch.ones(4))
+    assert "no batch reaches unused" in caplog.text
+    before = variances(model)
+    with pytest.raises(ValueError, match="2 batches are to be read.*has 1"):
+        update_mabn_stats(model, [images], 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        update_mabn_stats(model, [images], 0)
+    with pytest.raises(ValueError, match="no MABN layer"):
+        update_mabn_stats(nn.Conv2d(3, 4, 1), [images], 1)
+    model.conv.weight.data[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="reaches norm "):
+        update_mabn_stats(model, [images * 2], 1)
+    assert all(map(torch.equal, variances(model), before))
+
+
+def test_detector_in_evaluation():
+    """Each image's instances depend on it alone, so the split does not matter here either."""
+    torch.manual_seed(1)
+    model, images = build_model(narrow_cfg()).eval(), scenes(4)
+    update_mabn_stats(model, [images], 1)
+    expected = variances(model)
+    assert all((v != 1).all() for v in expected)
+    update_mabn_stats(model, [images[:1], images[1:]], 2)
+    torch.testing.assert_close(variances(model), expected, rtol=1e-4, atol=0)
+
+
+def test_hook(digits_cfg):
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.TEST.PRECISE_BN.ENABLED, digits_cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
+    digits_cfg.SOLVER.MAX_ITER = 2
+    trainer = Trainer(digits_cfg)
+    (hook,) = [h for h in trainer._hooks if isinstance(h, RecalibrateMABN)]
+    trainer.train()
+    saved = torch.load(f"{digits_cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)["model"]
+    stem = "backbone.bottom_up.stem.conv1.norm.running_var"
+    assert torch.equal(saved[stem], trainer.model.state_dict()[stem])  # before the checkpoint
+    # The stem's is exact: that of the first two batches at the final weights.
+    conv = trainer.model.backbone.bottom_up.stem.conv1
+    total = count = 0
+    for _, batch in zip(range(2), hook.data_loader):
+        x = trainer.model.preprocess_image(batch).tensor
+        with torch.no_grad():
+            x = conv._conv_forward(x, conv.weight - conv.weight.mean((1, 2, 3), True), None)
+        total, count = total + x.square().sum((0, 2, 3)), count + x[:, 0].numel()
+    torch.testing.assert_close(conv.norm.running_var, total / count, rtol=1e-4, atol=0)
+    assert all(not torch.equal(v, torch.ones_like(v)) for v in variances(trainer.model))

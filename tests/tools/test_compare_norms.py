@@ -1,0 +1,160 @@
+"""The comparison: its configs are fair, finished runs are kept, everything it promises is written."""
+
+import csv
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from commands import run
+from mabn_d2.engine import Trainer
+from paths import ROOT
+
+TOOL = runpy.run_path(str(ROOT / "tools/compare_norms.py"))
+SMALL = [
+    "DATASETS.TRAIN",
+    "('small_scenes_train',)",
+    "DATASETS.TEST",
+    "('small_scenes_val',)",
+    "DATALOADER.NUM_WORKERS",
+    "0",
+    "SOLVER.MAX_ITER",
+    "12",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS",
+    "32",
+    "TEST.EVAL_PERIOD",
+    "0",
+    "TEST.DETECTIONS_PER_IMAGE",
+    "5",
+    "SOLVER.WARMUP_ITERS",
+    "2",
+]
+
+
+def compare(output, *opts, rows=("MABN:2",), seeds=("0",)):
+    TOOL["main"](
+        [
+            "--rows",
+            *rows,
+            "--seeds",
+            *seeds,
+            "--num-gpus",
+            "0",
+            "--output",
+            str(output),
+            "--set",
+            *SMALL,
+            *opts,
+        ]
+    )
+
+
+def test_rows_differ_in_norm_and_images_only():
+    args = SimpleNamespace(
+        config_file=TOOL["CONFIG"], opts=[], num_gpus=0, output=Path("output/test")
+    )
+    two, large = (TOOL["make_config"](args, row, 1) for row in ("MABN:2", "BN:16"))
+    for cfg, norm, images in ((two, "MABN", 2), (large, "BN", 16)):
+        assert {cfg.MODEL[node].NORM for node in TOOL["NODES"]} == {norm} and cfg.SEED == 1
+        assert images == cfg.SOLVER.IMS_PER_BATCH
+    changed = {
+        line.split(":")[0].strip()
+        for line in set(two.dump().splitlines()) ^ set(large.dump().splitlines())
+    }
+    assert changed == {"NORM", "IMS_PER_BATCH", "OUTPUT_DIR"}
+
+
+def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
+    rows, seeds = ("MABN:2", "BN:4"), ("0", "1")
+    compare(tmp_path, rows=rows, seeds=seeds)
+    with open(tmp_path / "runs.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(r["row"], r["seed"], r["iterations"]) for r in lines] == [
+        ("MABN:2", "0", "12"),
+        ("BN:4", "0", "12"),
+        ("MABN:2", "1", "12"),
+        ("BN:4", "1", "12"),
+    ]
+    result = json.loads((tmp_path / "runs/BN_4/seed1/result.json").read_text())
+    assert float(lines[3]["segm AP"]) == result["segm AP"] >= 0 < float(lines[3]["s/iteration"])
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n") == 4 and "±" in table
+    for name in ("curves.png", "predictions.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+    results = list((tmp_path / "runs").glob("*/*/result.json"))
+    times = [path.stat().st_mtime_ns for path in results]
+    compare(tmp_path, rows=rows, seeds=seeds)
+    assert len(results) == 4 and times == [path.stat().st_mtime_ns for path in results]
+
+
+class Killed(Trainer):
+    def after_step(self):
+        super().after_step()
+        if self.iter == 7:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_is_resumed_and_equals_the_straight_one(small_scenes, tmp_path, monkeypatch):
+    opts = ["SOLVER.CHECKPOINT_PERIOD", "5"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    compare(straight, *opts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(TOOL["make_config"].__globals__, "Trainer", Killed)
+        compare(resumed, *opts)
+    run = resumed / "runs/MABN_2/seed0"
+    assert (run / "last_checkpoint").read_text() == "model_0000004.pth"
+    for other in (
+        ["SOLVER.MOMENTUM", "0.8"],
+        ["SOLVER.MAX_ITER", "10"],
+        ["MODEL.FPN.OUT_CHANNELS", "16"],
+    ):
+        with pytest.raises(SystemExit, match="is of another config: remove|holds a run with other"):
+            compare(resumed, *opts, *other)
+    compare(resumed, *opts)
+    assert "Starting training from iteration 5" in (run / "log.txt").read_text()
+    one, two = (
+        torch.load(folder / "runs/MABN_2/seed0/model_final.pth", weights_only=False)["model"]
+        for folder in (straight, resumed)
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(SystemExit, match="is of another config"):  # of a finished one either
+        compare(resumed, *opts, "SOLVER.MOMENTUM", "0.8")
+
+
+def test_row_of_several_processes(tmp_path):
+    done = run(
+        "compare_norms.py", "--num-gpus", 0, "--rows", "MABN:1x2", "--seeds", 5, "--output", tmp_path,
+        "--set", "DATASETS.TRAIN", "('digit_scenes_train',)", "DATASETS.TEST", "('digit_scenes_val',)",
+        *SMALL[4:], "SOLVER.MAX_ITER", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/MABN_1x2/seed5"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["IMS_PER_BATCH"] == 2
+    assert json.loads((folder / "result.json").read_text())["iterations"] == 3
+    assert (tmp_path / "table.md").read_text().splitlines()[2].startswith("| MABN:1x2 ")
+    log = (folder / "log.txt").read_text()
+    assert "Rank of current process: 0. World size: 2" in log
+    model = torch.load(folder / "model_final.pth", weights_only=False)["model"]
+    assert model["backbone.bottom_up.stem.conv1.norm.buffer_x2"].shape[0] == 32  # one image each
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("SyncBN:8", "use BN:8"),
+        ("naiveSyncBN:8", "use BN:8"),
+        ("MABN", "write NORM:IMAGES"),
+        ("MABM:2", "unknown norm 'MABM'"),
+        ("MABN:2x0", "write NORM:IMAGES"),
+        ("SyncBN:2x2", 'use "naiveSyncBN"'),
+    ],
+)
+def test_rows_that_would_be_something_else(tmp_path, row, message):
+    with pytest.raises(SystemExit, match=message):
+        compare(tmp_path, rows=("MABN:2", row))
+    assert not list(tmp_path.glob("**/config.yaml"))

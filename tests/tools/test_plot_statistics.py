@@ -1,0 +1,78 @@
+"""Training under MODEL.MABN.LOG_PERIOD and the tool that draws what it wrote."""
+
+import json
+import runpy
+
+import pytest
+
+from mabn_d2.engine import Trainer
+from mabn_d2.engine.hooks.log_statistics import LogStatistics
+from paths import ROOT
+
+
+def watched(run):
+    """The layers of the last record of a run's metrics.json, {layer: {statistic/kind}}."""
+    layers = {}
+    for key in json.loads((run / "metrics.json").read_text().splitlines()[-1]):
+        if key.startswith("statistics/"):
+            _, layer, rest = key.split("/", 2)
+            layers.setdefault(layer, set()).add(rest)
+    return layers
+
+
+def test_training_writes_and_the_tool_draws(digits_cfg, tmp_path, capsys, monkeypatch):
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER = 2
+    trainer = Trainer(digits_cfg)
+    assert not any(isinstance(hook, LogStatistics) for hook in trainer._hooks)
+    digits_cfg.MODEL.MABN.LOG_PERIOD = 1
+    Trainer(digits_cfg).train()
+    assert len(watched(tmp_path / "output")) == 3
+    assert {"x2/ema", "psi/window", "r/batch"} <= watched(tmp_path / "output")[
+        "backbone.bottom_up.stem.conv1.norm"
+    ]
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "BN"
+    digits_cfg.MODEL.MABN.LOG_LAYERS = (
+        "backbone.fpn_lateral2.norm",
+        "roi_heads.box_head.conv1.norm",
+    )
+    bn = digits_cfg.clone()
+    bn.OUTPUT_DIR = str(tmp_path / "bn")
+    Trainer(bn).train()
+    assert watched(tmp_path / "bn").keys() == set(bn.MODEL.MABN.LOG_LAYERS)
+
+    tool = runpy.run_path(str(ROOT / "tools/plot_statistics.py"))
+    drawn = {}
+    plot = tool["plot"]
+    monkeypatch.setitem(
+        tool["main"].__globals__,
+        "plot",
+        lambda columns, output: (drawn.update(columns), plot(columns, output)),
+    )
+    picture = tmp_path / "statistics.png"
+    tool["main"](
+        [
+            digits_cfg.OUTPUT_DIR,
+            str(tmp_path / "bn"),
+            "--output",
+            str(picture),
+            "--layer",
+            "backbone.fpn_lateral2.norm",
+        ]
+    )
+    assert list(drawn) == ["output\nbackbone.fpn_lateral2.norm", "bn\nbackbone.fpn_lateral2.norm"]
+    assert [list(c) for c in drawn.values()] == [
+        ["psi", "r", "r_clipped", "x2"],
+        ["g", "mean", "psi", "var"],
+    ]
+    assert all(set(column["psi"]) == {"batch", "window", "ema"} for column in drawn.values())
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    drawn.clear()
+    tool["main"]([digits_cfg.OUTPUT_DIR, "--output", str(picture)])
+    assert list(drawn) == ["output\nbackbone.fpn_lateral2.norm"]  # the middle one
+    with pytest.raises(SystemExit, match="no statistics of stem: use one of"):
+        tool["main"]([digits_cfg.OUTPUT_DIR, "--layer", "stem"])
+    digits_cfg.MODEL.MABN.LOG_LAYERS = ("stem",)
+    with pytest.raises(ValueError, match="'stem'; there are backbone"):
+        Trainer(digits_cfg)
