@@ -7,9 +7,9 @@ import resource
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from test_io import Hostile
 from torch import nn
 
+from hostile import Hostile
 from mabn_d2 import CheckpointError, SafeCheckpointer, convert_imagenet
 from mabn_d2.checkpoint import differences, write_checkpoint
 from mabn_d2.engine import Trainer

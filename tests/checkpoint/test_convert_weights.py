@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from test_detector import published_state
 
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
 from mabn_d2.checkpoint import read_checkpoint, write_checkpoint
 from mabn_d2.modeling.norm import build_model
+from maskrcnn_benchmark import published_state
 from paths import ROOT
 from published_resnet import PublishedResNet
 

@@ -12,18 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostile import Hostile
 from mabn_d2 import CheckpointError, convert_imagenet
 from mabn_d2.checkpoint import read_checkpoint, write_checkpoint
 from mabn_d2.checkpoint.io import atomic_file
 from published_resnet import PublishedResNet
-
-
-class Hostile:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])

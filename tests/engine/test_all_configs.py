@@ -11,46 +11,11 @@ from mabn_d2 import add_mabn_config
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 from paths import ROOT
+from repository_configs import load, narrow
 
 CONFIGS = sorted(str(p.relative_to(ROOT / "configs")) for p in ROOT.glob("configs/**/*.yaml"))
 BASES = [name for name in CONFIGS if name.startswith("Base-")]
 LEAVES = [name for name in CONFIGS if name not in BASES]
-# Widths that every norm takes: GroupNorm has 32 groups.
-NARROW = [
-    "MODEL.RESNETS.STEM_OUT_CHANNELS",
-    32,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS",
-    32,
-    "MODEL.FPN.OUT_CHANNELS",
-    32,
-    "MODEL.ROI_BOX_HEAD.CONV_DIM",
-    32,
-    "MODEL.ROI_BOX_HEAD.FC_DIM",
-    32,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM",
-    32,
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM",
-    32,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-    16,
-    "MODEL.RPN.POST_NMS_TOPK_TEST",
-    20,
-]
-
-
-def load(name):
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / name))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", 2])
-    return cfg
-
-
-def narrow(name):
-    cfg = load(name)
-    width = max(32 // cfg.MODEL.RESNETS.NUM_GROUPS, 1)
-    cfg.merge_from_list([*NARROW, "MODEL.RESNETS.WIDTH_PER_GROUP", width])
-    return cfg
 
 
 def norms(cfg):

@@ -12,12 +12,12 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from detectron2.data import DatasetMapper
-from test_trainer import flat
 from torch import nn
 
 from commands import CONFIG, SMALL, assert_ended, run, start
 from mabn_d2.data.loader import build_train_loader
 from mabn_d2.layers import CenConv2d, MABN2d
+from nested import flat
 
 OPTIONS = [
     "--num-gpus", 0, "--resume", "--config-file", CONFIG, *SMALL, "MODEL.MABN.SIMULATED_BATCH_SIZE", 8,

@@ -12,7 +12,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from test_all_configs import load
 
 from commands import assert_ended, start
 from inputs import training_inputs
@@ -20,6 +19,7 @@ from mabn_d2.engine import ConfigError
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 from paths import ROOT
+from repository_configs import load
 
 LAUNCHER = runpy.run_path(str(ROOT / "tools/lazyconfig_train_net.py"))
 NAMES = ["mask_rcnn_R50_FPN_mabn_2x", "scratch_mask_rcnn_R50_FPN_mabn_2x"]

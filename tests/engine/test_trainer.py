@@ -8,17 +8,7 @@ from detectron2.evaluation import COCOEvaluator
 from commands import train
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.layers import MABN2d
-
-
-def flat(state):
-    """Return every tensor and number of a nested state under its path."""
-    if isinstance(state, dict):
-        state = state.items()
-    elif isinstance(state, (list, tuple)):
-        state = enumerate(state)
-    else:
-        return {(): state}
-    return {(key, *path): value for key, inner in state for path, value in flat(inner).items()}
+from nested import flat
 
 
 @pytest.mark.parametrize("amp", [False, True])

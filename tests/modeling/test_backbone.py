@@ -6,12 +6,12 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
-from test_all_configs import load, narrow
 from torch import nn
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import MABN2d
 from mabn_d2.modeling.norm import CenNormConv2d, build_model
+from repository_configs import load, narrow
 
 
 def config(name, node=True, **resnets):

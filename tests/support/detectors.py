@@ -47,6 +47,11 @@ def randomized(model):
     return model.eval()
 
 
+def fused(model):
+    """Return how many MABN layers of a model have the ReLU fused."""
+    return sum(isinstance(m, MABN2d) and m.activation == "relu" for m in model.modules())
+
+
 def scenes(count=2):
     """Return digit scenes as Detectron2's models take them: BGR, 144 pixels square."""
     sources, params = load_sources("val"), SceneParams()

@@ -9,15 +9,10 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from detectors import assert_same_instances, narrow_cfg, randomized, scenes
+from detectors import assert_same_instances, fused, narrow_cfg, randomized, scenes
 from inputs import training_inputs
 from mabn_d2 import fuse_relu, unfuse_relu
-from mabn_d2.layers import MABN2d
 from mabn_d2.modeling.norm import build_model
-
-
-def fused(model):
-    return sum(isinstance(m, MABN2d) and m.activation == "relu" for m in model.modules())
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ from detectron2.modeling.backbone import BasicStem, regnet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from test_fuse import fused
 from torch import nn
 
-from detectors import randomized
+from detectors import fused, randomized
 from mabn_d2 import fuse_relu, unfuse_relu
 from mabn_d2.layers import MABN2d
 
