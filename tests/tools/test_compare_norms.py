@@ -2,7 +2,6 @@
 
 import csv
 import json
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +10,12 @@ import torch
 import yaml
 
 from commands import run
+from mabn_d2.commands.compare_norms import CONFIG, main
+from mabn_d2.comparison import runs
+from mabn_d2.comparison.runs import NODES, make_config
+from mabn_d2.config_files import get_config_file
 from mabn_d2.engine import Trainer
-from paths import ROOT
 
-TOOL = runpy.run_path(str(ROOT / "tools/compare_norms.py"))
 SMALL = [
     "DATASETS.TRAIN",
     "('small_scenes_train',)",
@@ -36,7 +37,7 @@ SMALL = [
 
 
 def compare(output, *opts, rows=("MABN:2",), seeds=("0",)):
-    TOOL["main"](
+    main(
         [
             "--rows",
             *rows,
@@ -55,11 +56,11 @@ def compare(output, *opts, rows=("MABN:2",), seeds=("0",)):
 
 def test_rows_differ_in_norm_and_images_only():
     args = SimpleNamespace(
-        config_file=TOOL["CONFIG"], opts=[], num_gpus=0, output=Path("output/test")
+        config_file=get_config_file(CONFIG), opts=[], num_gpus=0, output=Path("output/test")
     )
-    two, large = (TOOL["make_config"](args, row, 1) for row in ("MABN:2", "BN:16"))
+    two, large = (make_config(args, row, 1) for row in ("MABN:2", "BN:16"))
     for cfg, norm, images in ((two, "MABN", 2), (large, "BN", 16)):
-        assert {cfg.MODEL[node].NORM for node in TOOL["NODES"]} == {norm} and cfg.SEED == 1
+        assert {cfg.MODEL[node].NORM for node in NODES} == {norm} and cfg.SEED == 1
         assert images == cfg.SOLVER.IMS_PER_BATCH
     changed = {
         line.split(":")[0].strip()
@@ -104,7 +105,7 @@ def test_a_stopped_run_is_resumed_and_equals_the_straight_one(small_scenes, tmp_
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     compare(straight, *opts)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(TOOL["make_config"].__globals__, "Trainer", Killed)
+        patch.setattr(runs, "Trainer", Killed)
         compare(resumed, *opts)
     run = resumed / "runs/MABN_2/seed0"
     assert (run / "last_checkpoint").read_text() == "model_0000004.pth"

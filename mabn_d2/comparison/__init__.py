@@ -1,0 +1,5 @@
+"""Trains one detector under several norms and compares them."""
+
+from .compare import compare
+
+__all__ = ["compare"]

@@ -1,0 +1,99 @@
+"""The runs of a comparison: a config for each, training, the result."""
+
+import json
+import statistics
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+
+from ..checkpoint.io import atomic_file
+from ..engine import ConfigError, Trainer, one_line_errors, setup_config
+from ..visualization import draw_predictions, read_metrics
+from .rows import parse_row
+
+# The parts of the model whose norm a row sets.
+NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+METRICS = [(task, ap) for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
+
+
+def make_config(args: Namespace, row: str, seed: int) -> CfgNode:
+    """Return the config of one run: the config of the file with the row's norm and images.
+
+    Args:
+        args: the arguments of `compare`.
+        row: as `parse_row` takes it.
+        seed: seed of the run.
+
+    Raises:
+        ConfigError: if the row or the config is wrong.
+    """
+    norm, images, processes = parse_row(row)
+    gpus = torch.cuda.device_count()
+    if processes > 1 and gpus and (processes > gpus or args.num_gpus == 0):
+        raise ConfigError(
+            f"--rows {row!r} needs {processes} GPUs on a machine with GPUs ({gpus} here): hide them "
+            "(CUDA_VISIBLE_DEVICES=-1) to train on the CPU"
+        )
+    settings = {
+        "SOLVER.IMS_PER_BATCH": images * processes,
+        "SEED": seed,
+        "OUTPUT_DIR": str(args.output / "runs" / row.replace(":", "_") / f"seed{seed}"),
+        **{f"MODEL.{node}.NORM": norm for node in NODES},
+    }
+    return setup_config(
+        SimpleNamespace(
+            config_file=str(args.config_file),
+            opts=[*args.opts, *(part for item in settings.items() for part in item)],
+            num_gpus=processes if processes > 1 else args.num_gpus,
+            num_machines=1,
+            resume=True,
+            eval_only=False,
+        )
+    )
+
+
+def check_same_config(cfg: CfgNode) -> None:
+    """Raise ConfigError if OUTPUT_DIR holds a run, finished or not, of another config."""
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if path.exists():
+        old, new = yaml.safe_load(path.read_text()), yaml.safe_load(cfg.dump())
+        if old | {"OUTPUT_DIR": ""} != new | {"OUTPUT_DIR": ""}:  # a folder may be moved
+            raise ConfigError(
+                f"{path} is of another config: remove its folder, or name another --output"
+            )
+
+
+def result_file(cfg: CfgNode) -> Path:
+    """Return the file that a run writes last."""
+    return Path(cfg.OUTPUT_DIR) / "result.json"
+
+
+@one_line_errors()
+def train(args: Namespace, row: str, seed: int) -> None:
+    """Train a run to its end in each of its processes; the first process writes result.json."""
+    cfg = make_config(args, row, seed)
+    default_setup(cfg, SimpleNamespace(config_file=str(args.config_file), opts=args.opts))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    if not comm.is_main_process():
+        return
+    found = trainer._last_eval_results
+    seconds = [record["time"] for record in read_metrics(cfg.OUTPUT_DIR) if "time" in record]
+    result = {
+        **{f"{task} {ap}": found[task][ap] for task, ap in METRICS},
+        "s/iteration": statistics.median(seconds),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "device": cfg.MODEL.DEVICE,
+        "torch": torch.__version__,
+    }
+    model = getattr(trainer.model, "module", trainer.model)
+    draw_predictions(cfg, model, Path(cfg.OUTPUT_DIR) / "predictions.png")
+    with atomic_file(result_file(cfg)) as file:
+        file.write(json.dumps(result, indent=1).encode())
