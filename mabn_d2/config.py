@@ -36,6 +36,12 @@ def add_mabn_config(cfg):
     # "skip", logged and counted (the scalar bad_images).
     cfg.DATALOADER.BAD_INPUT = "stop"
 
+    # Own images: a folder as a labelling tool writes it, or a COCO JSON file, that DATASETS.TRAIN and
+    # TEST, the number of classes and the masks are set from (tools/train_net.py --data). "": not used.
+    cfg.DATASETS.FOLDER = ""
+    # Share of its images that validate if it has no such part; a hash of their names decides which.
+    cfg.DATASETS.VAL_SHARE = 0.2
+
     # Batch Renormalization, the norm type "BRN"; symbols are Ioffe's (2017).
     cfg.MODEL.BRN = CN()
     # 1 - alpha, the share of the old values that the running statistics keep.

@@ -7,6 +7,7 @@ from detectron2.utils import comm
 
 from mabn_d2 import SafeCheckpointer, warn_of_differences
 from mabn_d2.engine import Trainer, check_data, launch, one_line_errors, setup_config
+from mabn_d2.engine.own_data import log_folder
 
 
 @one_line_errors()
@@ -17,6 +18,7 @@ def main(args):
         logged.defrost()
         logged.OUTPUT_DIR += "/evaluation"  # config.yaml and log.txt of the training stay
         default_setup(logged, args)
+        log_folder(cfg)
         model = Trainer.build_model(cfg)
         checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -26,13 +28,16 @@ def main(args):
             verify_results(cfg, results)
         return results
     default_setup(cfg, args)
+    log_folder(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument("--data", metavar="FOLDER", help="own images: docs/custom-data.md")
+    args = parser.parse_args()
     with one_line_errors():
         # Here too, before workers are spawned, so that an error is said once.
         check_data(setup_config(args), train=not args.eval_only)

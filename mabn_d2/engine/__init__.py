@@ -1,8 +1,9 @@
 """Training and evaluation."""
 
-from .config_check import ConfigError, check_config, check_data, read_config, setup_config
-from .errors import one_line_errors
+from .config_check import check_config, check_data, read_config, setup_config
+from .errors import ConfigError, one_line_errors
 from .launch import launch
+from .own_data import use_folder
 from .trainer import Trainer
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "one_line_errors",
     "read_config",
     "setup_config",
+    "use_folder",
 ]

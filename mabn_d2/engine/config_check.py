@@ -16,6 +16,8 @@ from ..data.coco_files import coco_files
 from ..layers import BatchRenorm2d, MABN2d
 from ..modeling.norm import norm_settings, renorm_settings
 from ..solver import OPTIMIZERS
+from .errors import ConfigError
+from .own_data import use_folder
 
 # Keys of MODEL that a resumed run may have otherwise.
 MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
@@ -28,10 +30,6 @@ MAX_WINDOW = 10_000
 
 # torch's own, which takes no tensors on the CPU from several processes.
 GPU_ONLY = ("SyncBN", "nnSyncBN")
-
-
-class ConfigError(ValueError):
-    """One line that names the key, its value and what to do."""
 
 
 def read_config(config_file, opts=()):
@@ -62,7 +60,8 @@ def read_config(config_file, opts=()):
 def setup_config(args):
     """Return the frozen config of Detectron2's command-line arguments.
 
-    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU.
+    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU. `args.data`, a labelled
+    folder, is the same as DATASETS.FOLDER: the config is set from it (`use_folder`).
 
     Raises:
         ConfigError: for a file, key or value that can't be used.
@@ -75,10 +74,40 @@ def setup_config(args):
         )
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    _use_folder(cfg, args)
     cfg.freeze()
     workers = max(args.num_gpus, 1) * args.num_machines
     check_config(cfg, workers, resume=args.resume, train=not args.eval_only)
     return cfg
+
+
+def _use_folder(cfg, args):
+    """Set the config from the labelled folder that the command line or the config file names."""
+    folder = getattr(args, "data", None)
+    given = set(args.opts[::2])
+    if folder and "DATASETS.FOLDER" in given:
+        raise ConfigError(f"--data is {folder!r} and DATASETS.FOLDER is given too: leave one out")
+    cfg.DATASETS.FOLDER = folder or cfg.DATASETS.FOLDER
+    if cfg.DATASETS.FOLDER:
+        # What a base of the config file says is a default; so are the datasets of any file.
+        given |= {key for key in _keys_of_file(args.config_file) if not key.startswith("DATASETS.")}
+        use_folder(cfg, given, hold_out=not args.eval_only)
+
+
+def _keys_of_file(config_file):
+    """Return the keys that a YAML config file sets itself, without those of its _BASE_."""
+    if not config_file:
+        return set()
+    with PathManager.open(config_file) as file:
+        return set(_leaves(yaml.safe_load(file) or {}))
+
+
+def _leaves(node, prefix=""):
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def check_config(cfg, workers=1, resume=False, train=True):

@@ -8,7 +8,11 @@ from pathlib import Path
 from ..checkpoint import CheckpointError
 from ..data.coco_check import BadAnnotationError
 from ..data.mapper import BadImageError
-from .config_check import ConfigError
+
+
+class ConfigError(ValueError):
+    """One line that names the key, its value and what to do."""
+
 
 ONE_LINE = (ConfigError, BadAnnotationError, BadImageError, CheckpointError)
 

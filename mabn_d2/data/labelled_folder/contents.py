@@ -1,0 +1,169 @@
+"""Reads a labelled folder: one list of classes for all parts, images found, a part to validate on."""
+
+import hashlib
+import json
+import math
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..coco_check import BadAnnotationError
+from .categories import unify_categories
+from .image_files import ImageFinder
+from .layouts import Layout, find_layout
+
+
+class Contents(NamedTuple):
+    """One part: its COCO content, with file names that lead from `image_root` to the images."""
+
+    json_file: Path  # that it was read from
+    image_root: Path
+    coco: dict[str, Any]
+    changed: bool  # False: `json_file` has the same content
+
+
+class LabelledFolder(NamedTuple):
+    """What a labelled folder holds."""
+
+    layout: Layout
+    categories: list[dict[str, Any]]  # COCO's, the same in all parts, ids rising
+    parts: dict[str, Contents]  # "train", "val", "test"
+    held_out: bool  # whether "val" was taken from the images of "train"
+    notes: list[str]  # what was left out or is doubtful, one line each
+
+
+def read_folder(
+    path: str | Path, val_share: float | None = 0.2, class_names: list[str] | None = None
+) -> LabelledFolder:
+    """Read a labelled folder.
+
+    Args:
+        path: the folder, or one COCO JSON file.
+        val_share: share of the images that becomes "val" if the folder has no such part. A hash of
+            their names decides which: an image stays in its part when others are added. None: for
+            evaluation, parts stay as they are, and none to train on is needed.
+        class_names: names that the classes have to have, in this order; a folder may lack some.
+    Raises:
+        BadAnnotationError: if the folder can't be used; one line.
+    """
+    layout = find_layout(path)
+    files = {key: part.json_file for key, part in layout.parts.items()}
+    if val_share is not None and "train" not in files:
+        raise BadAnnotationError(
+            f"{path} has no part to train on, only {', '.join(map(str, files.values()))}: add a "
+            "part named train"
+        )
+    coco = {key: read_coco(file) for key, file in files.items()}
+    categories, changed, notes = unify_categories(files, coco, class_names)
+    parts = {
+        key: _with_images(layout, key, content, key in changed) for key, content in coco.items()
+    }
+    held_out = val_share is not None and "val" not in parts
+    if held_out:
+        parts["train"], parts["val"] = _split(parts["train"], val_share)
+    return LabelledFolder(layout, categories, parts, held_out, notes)
+
+
+def read_coco(json_file: str | Path) -> dict[str, Any]:
+    """Return the content of a COCO file: a dict with three lists of dicts, more is not checked.
+
+    Raises:
+        BadAnnotationError: if it is none.
+    """
+    try:
+        content = json.loads(Path(json_file).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadAnnotationError(
+            f"{json_file} can't be read as JSON ({error}): export it again"
+        ) from error
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise BadAnnotationError(
+                f"{json_file} has no list {key!r} of COCO entries: export the labels as COCO JSON "
+                "(instances)"
+            )
+    return content
+
+
+def image_hash(name: str) -> float:
+    """Return a number in [0, 1) that depends on the name alone, not on machine or process."""
+    text = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    return (
+        int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
+        / 2**64
+    )
+
+
+def _with_images(layout, key, coco, changed):
+    """Return the Contents of a part, whose file names become such that lead to the images."""
+    part = layout.parts[key]
+    images = [image for image in coco["images"] if isinstance(image.get("file_name"), str)]
+    for root in part.image_roots:
+        if images and all(os.path.isfile(os.path.join(root, i["file_name"])) for i in images):
+            return Contents(part.json_file, root, coco, changed)
+
+    finder, entry_of, missing = ImageFinder(part.image_roots), {}, []
+    for image in images:
+        name = image["file_name"]
+        path = finder.find(name)
+        if path is None:
+            missing.append(name)
+            continue
+        other = entry_of.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise BadAnnotationError(
+                f"{part.json_file}: {other!r} and {name!r} would both be the image {path}: copy the "
+                "images with their folders"
+            )
+        relative = os.path.relpath(path, layout.folder)
+        image["file_name"] = os.path.abspath(path) if relative.startswith("..") else relative
+    if images and len(missing) == len(images):
+        folders = ", ".join(map(str, part.image_roots))
+        raise BadAnnotationError(
+            f"{part.json_file} names {len(images)} images, {missing[0]!r} for one, and none of them "
+            f"is in {folders}: export with images, or copy them there"
+        )
+    return Contents(part.json_file, layout.folder, coco, True)
+
+
+def _split(contents, share):
+    """Return (train, val): images whose hash is below `share` validate, at least one of either.
+
+    Both parts have at least one image with objects.
+    """
+    coco = contents.coco
+    hashes = {id(image): image_hash(str(image.get("file_name"))) for image in coco["images"]}
+    labelled = {str(annotation.get("image_id")) for annotation in coco["annotations"]}
+    with_objects = sorted(
+        (image for image in coco["images"] if str(image.get("id")) in labelled),
+        key=lambda image: hashes[id(image)],
+    )
+    if len(with_objects) < 2:
+        raise BadAnnotationError(
+            f"{contents.json_file} has {len(with_objects)} image(s) with objects, and no part to "
+            "validate on: at least two are needed, one of which is held out"
+        )
+    lowest, highest = (hashes[id(with_objects[k])] for k in (0, -1))
+    limit = min(max(share, math.nextafter(lowest, 1)), highest)
+    val = {id(image) for image in coco["images"] if hashes[id(image)] < limit}
+    parts = []
+    for in_val in (False, True):
+        images = [image for image in coco["images"] if (id(image) in val) is in_val]
+        ids = {_hashable(image.get("id")) for image in images}
+        annotations = [a for a in coco["annotations"] if _hashable(a.get("image_id")) in ids]
+        part = {**coco, "images": images, "annotations": annotations}
+        parts.append(contents._replace(coco=part, changed=True))
+    lost = len(coco["annotations"]) - sum(len(part.coco["annotations"]) for part in parts)
+    if lost:
+        # They belong to no image: kept for the check of the annotation file to name.
+        known = {_hashable(image.get("id")) for image in coco["images"]}
+        parts[0].coco["annotations"] += [
+            a for a in coco["annotations"] if _hashable(a.get("image_id")) not in known
+        ]
+    return parts
+
+
+def _hashable(value):
+    return value if isinstance(value, (int, str)) else repr(value)

@@ -1,0 +1,105 @@
+"""Finds the image files that an annotation file names, however it spells them."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
+
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+    ".jfif",
+    ".ppm",
+    ".pgm",
+)
+
+
+class ImageFinder:
+    """Finds the file of an image entry under some folders.
+
+    A labelling tool may write the path of its own machine, Windows backslashes, a URL, or a name
+    with `%20`. The longest part of the path that exists wins; a file in a nested folder is found by
+    its name if no other file has that name.
+
+    Args:
+        roots: the folders, the likeliest first.
+    """
+
+    def __init__(self, roots: Iterable[str | Path]) -> None:
+        self.roots = [os.fspath(root) for root in roots]
+        self._by_name: dict[str, list[str]] | None = None
+
+    def find(self, file_name: str) -> str | None:
+        """Return the path of the file, or None if there is none or more than one."""
+        spellings = _spellings(file_name)
+        for name in spellings:
+            if path := self._existing(name):
+                return path
+        for name in spellings:
+            parts = [p for p in re.split("/+", name) if p not in ("", ".", "..")]
+            for start in range(len(parts)):
+                if path := self._existing("/".join(parts[start:])):
+                    return path
+        for name in spellings:
+            if path := self._in_nested_folder(name):
+                return path
+        return None
+
+    def _existing(self, name):
+        for root in self.roots:
+            path = os.path.join(root, name)
+            if os.path.isfile(path):
+                return path
+        return None
+
+    def _in_nested_folder(self, name):
+        if self._by_name is None:
+            self._by_name = {}
+            files = (
+                os.path.join(folder, file)
+                for root in self.roots
+                for folder, _, files in os.walk(root)
+                for file in files
+                if file.lower().endswith(SUFFIXES)
+            )
+            for path in sorted({os.path.realpath(file): file for file in files}.values()):
+                self._by_name.setdefault(_key(os.path.basename(path)), []).append(path)
+        same = self._by_name.get(_key(PurePosixPath(name).name), [])
+        if len(same) < 2:
+            return same[0] if same else None
+        # Of several files with this name, the one that shares most of the path.
+        wanted = [_key(part) for part in PurePosixPath(name).parts[::-1]]
+        lengths = [_common(wanted, [_key(p) for p in Path(path).parts[::-1]]) for path in same]
+        best = max(lengths)
+        return same[lengths.index(best)] if lengths.count(best) == 1 else None
+
+
+def _spellings(file_name):
+    """Return the spellings of a name to try, as it stands first."""
+    names = [file_name, file_name.replace("\\", "/")]
+    url = urlsplit(names[1]) if "://" in names[1] or "?" in names[1] else None
+    if url is not None:
+        # Label Studio's local files are /data/local-files/?d=FOLDER/NAME.
+        names += [*parse_qs(url.query).get("d", ()), url.path]
+    names += [unquote(name) for name in names if "%" in name]
+    # Zip files made on a Mac hold decomposed accents, its JSON files composed ones.
+    names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]
+    return [name for name in dict.fromkeys(names) if name.strip("/") and "\0" not in name]
+
+
+def _key(name):
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _common(one, other):
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other))
+    )

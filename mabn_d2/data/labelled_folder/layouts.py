@@ -1,0 +1,176 @@
+"""Finds the annotation files and the images of a folder that a labelling tool wrote.
+
+| layout | annotations | images |
+|---|---|---|
+| Roboflow | `train/_annotations.coco.json`, also `valid/`, `test/` | beside the JSON file |
+| COCO | `annotations/instances_train2017.json`, also `val2017` | `train2017/`, `images/train2017/` |
+| CVAT, Datumaro | `annotations/instances_default.json`, or one of each subset | `images/`, `images/SUBSET/` |
+| Label Studio | `result.json` | `images/` |
+| JSON | one `*.json`, or `train.json` and `val.json` | beside it, `images/`, `train/`, `val/` |
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from ..coco_check import BadAnnotationError
+
+PART_NAMES = {  # part of a dataset: words by which files and folders name it
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation"},
+    "test": {"test", "testing"},
+}
+ROBOFLOW = "_annotations.coco.json"
+# What other export formats leave in a folder.
+OTHER_FORMATS = {
+    "data.yaml": "YOLO",
+    "*.xml": "Pascal VOC or CVAT XML",
+    "*.csv": "CSV",
+    "*.zip": "zip",
+}
+
+
+class Part(NamedTuple):
+    """One part of a labelled folder: an annotation file and the folders to look for its images."""
+
+    json_file: Path
+    image_roots: tuple[Path, ...]
+
+
+class Layout(NamedTuple):
+    """What was found in a labelled folder; without subsets, all of it is the part "train"."""
+
+    name: str
+    folder: Path
+    parts: dict[str, Part]  # keys of PART_NAMES
+
+
+def find_layout(path: str | Path) -> Layout:
+    """Find the annotation files of a labelled folder.
+
+    Args:
+        path: the folder, or one COCO JSON file with its images beside it.
+    Raises:
+        BadAnnotationError: if there is nothing known, or more than one thing, to train on.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() != ".json":
+            raise BadAnnotationError(
+                f"{path} is neither a folder nor a JSON file: unpack an archive first, and name the "
+                "folder with the annotations"
+            )
+        folder = path.parent.parent if path.parent.name == "annotations" else path.parent
+        return Layout("JSON", folder, {"train": Part(path, _image_roots(path, folder, None))})
+    if not path.is_dir():
+        raise BadAnnotationError(
+            f"{path} does not exist: name the folder that the labelling tool wrote"
+        )
+
+    found = {
+        name: files
+        for name, files in (
+            ("Roboflow", _in_part_folders(path)),
+            ("COCO", sorted(path.glob("annotations/instances_*.json"))),
+            ("Label Studio", [f for f in [path / "result.json"] if f.is_file()]),
+        )
+        if files
+    }
+    if not found:
+        files = _coco_files(path / "annotations") or _coco_files(path)
+        found = {"JSON": files} if files else {}
+    if not found:
+        raise BadAnnotationError(f"{path} holds no annotations that are known: {_looked_for(path)}")
+    if len(found) > 1:
+        _refuse_several(path, [file for files in found.values() for file in files])
+    ((name, files),) = found.items()
+    parts = _by_part(path, files)
+    if name == "COCO" and (path / "images").is_dir():
+        name = "COCO (CVAT, Datumaro)"
+    return Layout(
+        name, path, {key: Part(file, _image_roots(file, path, key)) for key, file in parts.items()}
+    )
+
+
+def part_of(name: str) -> str | None:
+    """Return the part that a file or folder is named after: instances_val2017 -> val."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((part for part, names in PART_NAMES.items() if words & names), None)
+
+
+def _in_part_folders(folder):
+    """Return the files of Roboflow's layout: one JSON file beside the images of each part."""
+    files = []
+    for part in sorted(folder.iterdir()):
+        if part.is_dir() and part_of(part.name):
+            own = part / ROBOFLOW
+            files += [own] if own.is_file() else _coco_files(part)
+    return files
+
+
+def _coco_files(folder):
+    """Return the JSON files of a folder; if there are several, those of COCO's form."""
+    files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
+    return files if len(files) < 2 else [file for file in files if _is_coco(file)]
+
+
+def _is_coco(file):
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
+
+
+def _by_part(folder, files):
+    """Return {part: file}; a file that names no part is the one to train on, if it is the only one."""
+    parts = {}
+    for file in files:
+        name = file.parent.name if file.name == ROBOFLOW else file.stem
+        part = part_of(name) or (part_of(file.parent.name) if file.parent != folder else None)
+        parts.setdefault(part, []).append(file)
+    if "train" not in parts and None in parts:
+        parts["train"] = parts.pop(None)
+    for several in parts.values():
+        if len(several) > 1:
+            _refuse_several(folder, several)
+    if None in parts:
+        _refuse_several(folder, [*parts["train"], *parts[None]])
+    return {part: parts[part][0] for part in PART_NAMES if part in parts}
+
+
+def _refuse_several(folder, files):
+    names = ", ".join(str(file.relative_to(folder)) for file in sorted(files)[:6])
+    raise BadAnnotationError(
+        f"{folder} holds several annotation files for the same images or part ({names}): name the one "
+        "to use instead of the folder, or move the others away"
+    )
+
+
+def _looked_for(folder):
+    text = (
+        f"looked for train/{ROBOFLOW} (Roboflow), annotations/instances_*.json (COCO, CVAT), "
+        "result.json (Label Studio) and *.json; export the labels as COCO JSON"
+    )
+    for pattern, format in OTHER_FORMATS.items():
+        other = next(iter(sorted(folder.glob(pattern))), None)
+        if other:
+            return f"{text} ({other.name} is {format})"
+    inner = [f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+    if len(inner) == 1:
+        return f"{text}, or name {inner[0]} if it is the export"
+    return text
+
+
+def _image_roots(json_file, folder, part):
+    """Return the folders to look for images in, the likeliest first."""
+    beside, subset = json_file.parent, json_file.stem.removeprefix("instances_")
+    in_annotations = beside.name == "annotations"
+    roots = [] if in_annotations else [beside]
+    for base in (folder, folder / "images"):
+        roots.append(base / subset)
+        if part and base.is_dir():
+            roots += sorted(f for f in base.iterdir() if f.is_dir() and part_of(f.name) == part)
+    roots += [folder / "images", folder, beside]
+    return tuple(root for root in dict.fromkeys(roots) if root.is_dir())

@@ -1,0 +1,156 @@
+"""Sets a config from a labelled folder: datasets, number of classes, masks."""
+
+import logging
+import os
+from collections.abc import Collection
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+
+from ..data.labelled_folder import Registered, mask_counts, mask_kind, register_folder, table
+from .errors import ConfigError
+
+# Keys that a labelled folder sets; where one is given, it has to agree with the folder.
+SET_BY_FOLDER = (
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "MODEL.RETINANET.NUM_CLASSES",
+    "MODEL.MASK_ON",
+    "INPUT.MASK_FORMAT",
+)
+# Meta-architectures of Detectron2 that have boxes only.
+NO_MASKS = ("RetinaNet", "FCOS", "ProposalNetwork")
+
+
+def use_folder(
+    cfg: CfgNode,
+    given: Collection[str] = (),
+    class_names: list[str] | None = None,
+    hold_out: bool = True,
+) -> Registered:
+    """Register the labelled folder DATASETS.FOLDER and set the keys of SET_BY_FOLDER, in place.
+
+    Every process that reads the data has to call it. `log_folder` says what was found.
+
+    Args:
+        given: keys of SET_BY_FOLDER that the user gave; they are kept if they fit the data, and an
+            error if they contradict it.
+        class_names: the classes that a checkpoint knows, for its evaluation or its continuation.
+        hold_out: take a part to validate on from the images if the folder has none; if False, the
+            config is for evaluation, of the first of val, test and train that is there.
+    Raises:
+        ConfigError: if a given key contradicts the data.
+        BadAnnotationError: if the folder can't be used.
+    """
+    share = cfg.DATASETS.VAL_SHARE
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise ConfigError(
+            f"DATASETS.VAL_SHARE is {share!r}: use a number between 0 and 1, such as 0.2"
+        )
+    if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which needs a label for "
+            "every pixel, and DATASETS.FOLDER has objects only: use a config of Mask R-CNN, Faster "
+            "R-CNN or RetinaNet"
+        )
+    path = os.path.abspath(os.path.expanduser(cfg.DATASETS.FOLDER))
+    registered = register_folder(path, share if hold_out else None, class_names)
+    was_frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.DATASETS.FOLDER = path
+    before = {key: _get(cfg, key) for key in SET_BY_FOLDER}
+    _set_datasets(cfg, registered, given, hold_out)
+    _set_classes(cfg, registered, given)
+    _set_masks(cfg, registered, given)
+    if was_frozen:
+        cfg.freeze()
+    settings = {key: _get(cfg, key) for key in SET_BY_FOLDER}
+    text = table(
+        registered.folder,
+        registered.summaries,
+        {key: value for key, value in settings.items() if value != before[key]},
+        share,
+    )
+    for name in registered.names.values():
+        MetadataCatalog.get(name).set(description=text)
+    return registered
+
+
+def log_folder(cfg: CfgNode) -> None:
+    """Log, once a run, what was found in the labelled folder that `cfg` was set from."""
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    texts = [MetadataCatalog.get(name).get("description") for name in names]
+    if cfg.DATASETS.FOLDER and comm.is_main_process() and any(texts):
+        logging.getLogger("detectron2").info("Own images:\n" + next(filter(None, texts)))
+
+
+def _set_datasets(cfg, registered, given, hold_out):
+    names = registered.names
+    for key in ("TRAIN", "TEST"):
+        value = tuple(cfg.DATASETS[key])
+        if set(value) <= set(names.values()) and value:
+            continue  # the folder's own, as in the config.yaml of a run
+        if f"DATASETS.{key}" in given and value:
+            raise ConfigError(
+                f"DATASETS.{key} is {value} and DATASETS.FOLDER is {cfg.DATASETS.FOLDER!r}: leave "
+                f"one out; the folder's datasets are {', '.join(names.values())}"
+            )
+        parts = ("train",) if key == "TRAIN" else ("val", "test", "train")
+        cfg.DATASETS[key] = tuple(names[part] for part in parts if part in names)[:1]
+    if hold_out and set(cfg.DATASETS.TRAIN) & set(cfg.DATASETS.TEST):
+        raise ConfigError(
+            f"DATASETS.TRAIN is {cfg.DATASETS.TRAIN} and DATASETS.TEST {cfg.DATASETS.TEST}: a model "
+            "has to be tested on images that it was not trained on"
+        )
+
+
+def _set_classes(cfg, registered, given):
+    names = registered.class_names
+    used = "MODEL.RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "MODEL.ROI_HEADS"
+    for node in ("MODEL.ROI_HEADS", "MODEL.RETINANET"):
+        key = f"{node}.NUM_CLASSES"
+        value = _get(cfg, key)
+        if key in given and value != len(names) and node == used:
+            raise ConfigError(
+                f"{key} is {value}, but {cfg.DATASETS.FOLDER} has {len(names)} classes "
+                f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}): leave the key out, "
+                f"or set it to {len(names)}"
+            )
+        _set(cfg, key, len(names))
+
+
+def _set_masks(cfg, registered, given):
+    if cfg.MODEL.META_ARCHITECTURE in NO_MASKS:
+        cfg.MODEL.MASK_ON = False
+        return
+    kind = mask_kind(registered.summaries)
+    on, format = cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT
+    if "MODEL.MASK_ON" in given and on and kind is None:
+        objects, without = mask_counts(registered.summaries)
+        raise ConfigError(
+            f"MODEL.MASK_ON is True, but {without} of {objects} objects in {cfg.DATASETS.FOLDER} have "
+            "no mask: leave the key out, or export polygons or masks of all objects"
+        )
+    cfg.MODEL.MASK_ON = kind is not None and (on or "MODEL.MASK_ON" not in given)
+    if not cfg.MODEL.MASK_ON:
+        return
+    if "INPUT.MASK_FORMAT" not in given:
+        cfg.INPUT.MASK_FORMAT = "polygon" if kind == "polygon" else "bitmask"
+    elif kind == "rle" and format == "polygon":
+        raise ConfigError(
+            f"INPUT.MASK_FORMAT is {format!r}, but {cfg.DATASETS.FOLDER} has RLE masks: leave the key "
+            'out, or set it to "bitmask"'
+        )
+
+
+def _get(cfg, key):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _set(cfg, key, value):
+    *nodes, name = key.split(".")
+    _get(cfg, ".".join(nodes))[name] = value
