@@ -13,8 +13,6 @@ from mabn_d2.checkpoint import (
     CheckpointError,
     convert_detector,
     convert_imagenet,
-    fold_detector,
-    load_whole,
     read_checkpoint,
     write_checkpoint,
 )
@@ -22,7 +20,7 @@ from mabn_d2.checkpoint.io import check_output
 from mabn_d2.checkpoint.record import KEY
 from mabn_d2.engine import read_config
 from mabn_d2.modeling.norm import build_model
-from mabn_d2.surgery.fold import INTO, changed
+from mabn_d2.surgery.fold import INTO, changed, fold_detector, load_whole
 
 
 def progress(text):

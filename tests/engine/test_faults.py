@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from PIL import Image
 
 from mabn_d2 import CheckpointError
-from mabn_d2.data import BadAnnotationError, loader
+from mabn_d2.data import BadAnnotationError, mapper
 from mabn_d2.data.loader import build_test_loader, build_train_loader
 from mabn_d2.data.mapper import BadImageError
 from mabn_d2.engine import ConfigError, Trainer, check_config, check_data, guarded_trainer
@@ -187,7 +187,7 @@ def test_a_mapper_that_fails_always(digits_cfg, monkeypatch):
     def broken(record):
         raise KeyError("typing error")
 
-    monkeypatch.setattr(loader, "MAX_BAD", 5)
+    monkeypatch.setattr(mapper, "MAX_BAD", 5)
     digits_cfg.DATALOADER.BAD_INPUT = "skip"
     with pytest.raises(BadImageError, match="none of 5 images can be used.*typing error"):
         next(iter(build_train_loader(digits_cfg, mapper=broken)))
