@@ -1,4 +1,4 @@
-"""Paired timing, memory peaks and the description of the machine, for tools/benchmark.py."""
+"""Paired timing, memory peaks and the description of the machine."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,14 +42,23 @@ CLOCKS = {
 }
 
 
-def measure(functions, rounds, round_seconds, clock):
-    """Time functions in turn, so that what disturbs the machine disturbs all of them.
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    round_seconds: float,
+    clock: Callable[[Callable[[], object]], float],
+    on_timing: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time functions in turn, so that a disturbance of the machine affects all of them.
 
     Args:
         functions: name -> function without arguments.
-        rounds: how often each is timed.
-        round_seconds: about how long each timing takes, so fast functions are repeated.
+        rounds: how often each function is timed.
+        round_seconds: about how long one timing takes; fast functions are repeated.
         clock: one of CLOCKS.
+        on_timing: is called after each timing and after the warm-up of each function, so
+            len(functions) * (rounds + 1) times.
+
     Returns:
         name -> list of `rounds` times of one call, in seconds.
     """
@@ -60,15 +70,17 @@ def measure(functions, rounds, round_seconds, clock):
     for name, function in functions.items():
         seconds(function, 1)  # warm-up: allocations, kernel choices
         repeats[name] = max(1, round(round_seconds / seconds(function, 2)))
+        on_timing()
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(seconds(function, repeats[name]))
+            on_timing()
     return times
 
 
-def memory_peak(function, device="cpu"):
-    """Return by how many bytes of tensors a call of `function` exceeds, at most, what was there."""
+def memory_peak(function: Callable[[], object], device: str = "cpu") -> int:
+    """Return the peak of the bytes of tensors that a call of `function` adds to those before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -84,19 +96,19 @@ def memory_peak(function, device="cpu"):
     return peak
 
 
-def summarize(times, baseline):
+def summarize(times: Sequence[float], baseline: Sequence[float]) -> dict[str, list[float]]:
     """Return the quartiles of times (s) as "ms", and of the paired ratios to a baseline's times."""
     ratios = [a / b for a, b in zip(times, baseline, strict=True)]
     return {"ms": quartiles([1000 * t for t in times]), "ratio": quartiles(ratios)}
 
 
-def quartiles(values):
+def quartiles(values: Sequence[float]) -> list[float]:
     """Return [first quartile, median, third quartile]."""
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def describe(device):
-    """Return what a result depends on beside the settings: machine, versions, commit."""
+def describe(device: str) -> dict:
+    """Return the machine, versions and commit, which a result depends on."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     machine = {"processor": _processor(), "cores": os.cpu_count()}
@@ -113,7 +125,8 @@ def _processor():
     return names[0] if names else platform.processor()
 
 
-def write_json(report, path):
+def write_json(report: dict, path: str | Path) -> None:
+    """Write a report as JSON; its folder is made if it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,22 +1,22 @@
 """tools/benchmark.py runs small and writes what it promises; no time is asserted."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from mabn_d2.benchmark import measure
+from mabn_d2.benchmark.norms import FormulaMABN2d
+from mabn_d2.benchmark.run import run_benchmark
+from mabn_d2.commands.benchmark import parse_args
 from mabn_d2.layers import MABN2d
 from reference import assert_close
 
-spec = importlib.util.spec_from_file_location(
-    "tool", Path(__file__).parents[2] / "tools/benchmark.py"
-)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 FAST = ["--rounds", "2", "--round-seconds", "0", "--threads", "1"]
+
+
+def benchmark(*arguments):
+    return run_benchmark(parse_args(arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_layer(tmp_path, capsys):
     norms, shapes = ["bn", "bn_relu", "gn", "mabn_relu"], [[1, 4, 3, 5], [2, 6, 2, 2]]
     arguments = ["--norms", "gn,mabn_relu", "--dtype", "fp32,bf16", "--formats", "nchw,nhwc"]
     arguments += ["--shapes", "1x4x3x5,2x6x2x2", "--depth", "2", "--output", f"{tmp_path}/a/b.json"]
-    tool.main(["layer", *FAST, *arguments])
+    benchmark("layer", *FAST, *arguments)
     report = json.loads((tmp_path / "a/b.json").read_text())
     rows = report["results"]
     cases = [(r["dtype"], r["format"], r["shape"], r["norm"]) for r in rows]
@@ -48,7 +48,7 @@ def test_layer(tmp_path, capsys):
 
 
 def test_inference():
-    report = tool.main(["inference", *FAST, "--norms", "mabn", "--size", "32", "--batch", "1"])
+    report = benchmark("inference", *FAST, "--norms", "mabn", "--size", "32", "--batch", "1")
     assert [(r["norm"], r["shape"]) for r in report["results"]] == [
         ("bn", (1, 3, 32, 32)),
         ("mabn", (1, 3, 32, 32)),
@@ -57,7 +57,7 @@ def test_inference():
 
 def test_detector():
     arguments = ["--norms", "mabn_folded", "--size", "64", "--batch", "1"]
-    report = tool.main(["detector", *FAST, *arguments])
+    report = benchmark("detector", *FAST, *arguments)
     assert [r["norm"] for r in report["results"]] == ["frozen_bn", "mabn_folded"]
     assert report["results"][0]["ratio"] == [1, 1, 1]
 
@@ -74,7 +74,7 @@ def test_detector():
 )
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        tool.main(arguments)
+        parse_args(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -100,7 +100,7 @@ def test_memory_peak():
 
 def test_formula_is_the_layer():
     """The rival that the layer's speed is measured against computes the same."""
-    nets = MABN2d(3, clip_start=102), tool.FormulaMABN2d(3, clip_start=102)
+    nets = MABN2d(3, clip_start=102), FormulaMABN2d(3, clip_start=102)
     for _ in range(106):
         x, dy = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
         grads = []
@@ -114,7 +114,7 @@ def test_formula_is_the_layer():
 
 def test_share_of_the_copy_bandwidth_and_another_baseline():
     arguments = ["--norms", "copy,mabn_split", "--baseline", "mabn", "--shapes", "5x4x3x5"]
-    bn, copy, split = tool.main(["layer", *FAST, *arguments])["results"]
+    bn, copy, split = benchmark("layer", *FAST, *arguments)["results"]
     assert [bn["norm"], copy["norm"], split["norm"]] == ["mabn", "copy", "mabn_split"]
     assert bn["ratio"] == [1, 1, 1] and "of_copy" not in copy
     assert split["of_copy"] > 0

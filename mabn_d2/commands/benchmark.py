@@ -1,0 +1,114 @@
+"""Times normalization layers against BatchNorm: alone, in a ResNet-50 at inference, in a detector at
+inference and in training.
+
+    tools/benchmark.py layer --dtype fp32,bf16 --threads 1,2 --output benchmarks/layer.json
+    tools/benchmark.py layer --norms mabn_split,bn_split --shapes 32x64x56x56 --baseline mabn
+    tools/benchmark.py layer --device cuda --dtype fp32,fp16,bf16 --formats nchw,nhwc --shapes r50_fpn
+    tools/benchmark.py inference --norms bn,ln,in,gn,mabn --output benchmarks/inference.json
+    tools/benchmark.py detector --norms frozen_bn,mabn,mabn_folded --output benchmarks/detector.json
+    tools/benchmark.py step --norms bn,mabn --output benchmarks/step.json
+
+Norms are timed in turn, round by round. A ratio compares times of one round: with BatchNorm; with ReLU,
+with BatchNorm and ReLU; for a detector at inference, with Detectron2's FrozenBN; or with --baseline.
+The table shows medians and quartiles. `formula` is MABN as plain tensor expressions; `_split` is the
+classification form with normalization batches of 2 images; `mabn_folded` is the model that `fold_mabn`
+makes from one with MABN, `mabn_folded_conv` the one without norms. `copy` is Tensor.copy_ of one
+activation. `of copy` is the share of the copy's bandwidth that a layer reaches, if the layer reads and
+writes activations 8 times as two passes in each direction do (x; x, y; dy, x; dy, x, dx). A picture of
+the same name is written beside the JSON file.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..benchmark.layer_cases import DTYPES, FORMATS, R50_FPN
+from ..benchmark.measure import CLOCKS
+from ..benchmark.norms import DETECTORS, KNOWN, choose_norms
+from ..benchmark.run import CASES, run_benchmark
+
+
+def listed(convert: Callable, text: str) -> list:
+    """Parse a comma-separated list."""
+    return [convert(part) for part in text.split(",")]
+
+
+def choice(known: Iterable[str], text: str) -> str:
+    """Return the text if it is one of the known words."""
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+    return text
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """Parse shapes such as 2x64x128x128,2x256x64x64."""
+    if text == "r50_fpn":
+        return R50_FPN
+    return [tuple(int(size) for size in part.split("x")) for part in text.split(",")]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("what", choices=CASES)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--dtype", default=["fp32"], type=partial(listed, partial(choice, DTYPES)))
+    add("--norms", help="comma-separated; default: all of a detector, otherwise bn,mabn")
+    add("--baseline", help="norm that all are compared with")
+    add("--output", type=Path, help="JSON file; a PNG file is written beside it")
+    add("--threads", default=[torch.get_num_threads()], type=partial(listed, int), help="1,2")
+    add("--rounds", type=int, default=9)
+    add("--round-seconds", type=float, default=0.05)
+    add(
+        "--formats",
+        default=["nchw"],
+        type=partial(listed, partial(choice, FORMATS)),
+        help="nchw,nhwc",
+    )
+    add(
+        "--shapes",
+        default=[(2, 64, 128, 128), (2, 256, 64, 64), (2, 512, 32, 32)],
+        type=shapes,
+        help="layer: 2x64x128x128,... or r50_fpn, the shapes of 2 images of 800x1333",
+    )
+    add("--depth", default=[1], type=partial(listed, int), help="layer: norms in a row, 1,2,4")
+    add("--batch", type=int, default=2, help="inference, detector, step: images")
+    add("--size", type=int, default=224, help="inference, detector, step: side in pixels")
+    add(
+        "--clock",
+        choices=CLOCKS,
+        help="cpu: CPU time of all threads, for a machine that others use (default: wall, cuda)",
+    )
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    args.norms = args.norms or (",".join(DETECTORS) if args.what == "detector" else "bn,mabn")
+    args.clock = args.clock or {"cpu": "wall", "cuda": "cuda"}[args.device]
+    try:
+        args.norms = choose_norms(
+            args.norms, KNOWN[args.what], args.device, args.what, args.baseline
+        )
+        if (args.device == "cuda") != (args.clock == "cuda"):
+            raise ValueError("--clock cuda goes with --device cuda, wall and cpu with cpu")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch sees no CUDA device")
+        if args.rounds < 2:
+            raise ValueError("quartiles need two rounds")
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark that the command line names."""
+    run_benchmark(parse_args(arguments))
