@@ -7,17 +7,18 @@ def add_mabn_config(cfg):
     """Add MODEL.MABN, MODEL.BRN and SOLVER.OPTIMIZER to a Detectron2 config."""
     # Moving Average Batch Normalization; symbols are its paper's.
     cfg.MODEL.MABN = CN()
-    # B, images in one normalization batch. 0: the images of one GPU, SOLVER.IMS_PER_BATCH / workers.
+    # B, images in one normalization batch. 0: the images of one forward, that is
+    # SOLVER.IMS_PER_BATCH / (processes * SOLVER.ACCUMULATION_STEPS).
     cfg.MODEL.MABN.BATCH_SIZE = 0
     # Images that the moving averages (SMAS) span: the window is m = SIMULATED_BATCH_SIZE / B
-    # iterations.
+    # forwards.
     cfg.MODEL.MABN.SIMULATED_BATCH_SIZE = 32
     # alpha, the share of the old value that the running variance (EMAS) keeps.
     cfg.MODEL.MABN.MOMENTUM = 0.98
-    # T, iterations that use the statistics of their own batch.
+    # T: optimizer iterations before this one use the statistics of their own batch.
     cfg.MODEL.MABN.WARMUP_ITERS = 100
-    # Iterations with r = 1, at least WARMUP_ITERS. For 90,000 iterations or more; scale it with the
-    # length of shorter schedules.
+    # Optimizer iterations with r = 1, at least WARMUP_ITERS. The value is for 90,000 iterations or
+    # more; scale it with the length of shorter schedules.
     cfg.MODEL.MABN.CLIP_START = 1000
     # lambda, r stays within [1 / CLIP_LIMIT, CLIP_LIMIT].
     cfg.MODEL.MABN.CLIP_LIMIT = 5.0
@@ -46,7 +47,8 @@ def add_mabn_config(cfg):
     cfg.MODEL.BRN = CN()
     # 1 - alpha, the share of the old values that the running statistics keep.
     cfg.MODEL.BRN.MOMENTUM = 0.99
-    # Iterations that are plain BatchNorm. This and the next are for long schedules: scale them.
+    # Optimizer iterations of plain BatchNorm. This key and the next are for long schedules: scale
+    # them.
     cfg.MODEL.BRN.WARMUP_ITERS = 5000
     # Bound of r, the ratio of the standard deviations, and the iteration that it is reached at.
     cfg.MODEL.BRN.R_MAX = 3.0
@@ -56,6 +58,12 @@ def add_mabn_config(cfg):
     cfg.MODEL.BRN.D_MAX_ITER = 25000
     # epsilon, added to every variance.
     cfg.MODEL.BRN.EPS = 1e-5
+
+    # n: a process runs the images of one optimizer iteration as n micro-batches, one after another,
+    # and averages their gradients. SOLVER.IMS_PER_BATCH stays the images of one optimizer iteration, so
+    # a micro-batch has IMS_PER_BATCH / (processes * n) images. One process with n micro-batches sees
+    # the same images, and gets the same gradients, as n processes.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
 
     # "SGD" or "ADAMW", both with the settings of SOLVER (MOMENTUM and NESTEROV are SGD's).
     cfg.SOLVER.OPTIMIZER = "SGD"

@@ -6,6 +6,11 @@ Beside Detectron2's keys, `train` may have those of the norms and of the hook th
     train.mabn = dict(batch_size=2, simulated_batch_size=32)  # of configure_mabn
     train.brn = dict(warmup_iters=5000)                       # of BatchRenorm2d.configure
     train.statistics = dict(period=20)                        # of LogStatistics
+    train.accumulation_steps = 8                              # of GuardedTrainer
+
+With `train.accumulation_steps` n the images of one iteration (`dataloader.train.total_batch_size`)
+are divided into n micro-batches on each process. The schedules in `train.mabn` and `train.brn` stay in
+optimizer iterations; `batch_size` there is that of a micro-batch.
 """
 
 import torch
@@ -29,6 +34,7 @@ from mabn_d2.engine.guarded_trainer import GuardedDDP, GuardedTrainer
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.hooks.log_statistics import LogStatistics
 from mabn_d2.layers import BatchRenorm2d
+from mabn_d2.modeling.norm import scale_norm_schedules
 
 
 def build_model(cfg):
@@ -37,7 +43,31 @@ def build_model(cfg):
     for module in model.modules():
         if isinstance(module, BatchRenorm2d):
             module.configure(**cfg.train.get("brn", {}))
-    return fuse_relu(configure_mabn(model, **cfg.train.get("mabn", {})))
+    configure_mabn(model, **cfg.train.get("mabn", {}))
+    scale_norm_schedules(model, accumulation_steps(cfg))
+    return fuse_relu(model)
+
+
+def accumulation_steps(cfg):
+    """Return train.accumulation_steps, micro-batches in one iteration; 1 if it is not set.
+
+    Raises:
+        ConfigError: if it is no positive whole number, or does not divide the images of a process.
+    """
+    steps = cfg.train.get("accumulation_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(
+            f"train.accumulation_steps is {steps!r}: use 1 for no accumulation, or the number of "
+            "micro-batches in one iteration"
+        )
+    images = cfg.dataloader.train.get("total_batch_size")
+    micro_batches = steps * comm.get_world_size()
+    if steps > 1 and images is not None and (images < micro_batches or images % micro_batches):
+        raise ConfigError(
+            f"dataloader.train.total_batch_size is {images}, no multiple of {steps} "
+            f"(train.accumulation_steps) times {comm.get_world_size()} (processes): change one"
+        )
+    return steps
 
 
 def evaluate(cfg, model):
@@ -69,7 +99,13 @@ def train(cfg, model, resume):
     if comm.get_world_size() > 1:
         model = distribute(model, cfg.train.device, **cfg.train.ddp)
     loader = guard_workers(instantiate(cfg.dataloader.train))
-    trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.train.amp.enabled)
+    trainer = GuardedTrainer(
+        model,
+        loader,
+        optimizer,
+        amp=cfg.train.amp.enabled,
+        accumulation_steps=accumulation_steps(cfg),
+    )
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()
     scheduler = instantiate(cfg.lr_multiplier)

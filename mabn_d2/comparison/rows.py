@@ -14,26 +14,36 @@ class Row(NamedTuple):
     Attributes:
         norm: name of the norm, as in a config.
         images: images of one process in one iteration.
+        micro_batches: parts that these images are divided into, to accumulate their gradients.
         processes: processes that train together.
     """
 
     norm: str
     images: int
+    micro_batches: int
     processes: int
 
 
 def parse_row(text: str) -> Row:
-    """Parse NORM:IMAGES or NORM:IMAGESxPROCESSES.
+    """Parse NORM:IMAGES[/MICRO][xPROCESSES], with MICRO the images of one micro-batch.
 
     Raises:
-        ConfigError: if the text has another form, or names a SyncBN of one process.
+        ConfigError: if the text has another form, if MICRO does not divide IMAGES, or if it names a
+            SyncBN of one process.
     """
-    match = re.fullmatch(r"([^:]+):(\d+)(?:x([1-9]\d*))?", text)
+    match = re.fullmatch(r"([^:]+):([1-9]\d*)(?:/([1-9]\d*))?(?:x([1-9]\d*))?", text)
     if not match:
         raise ConfigError(
-            f"--rows {text!r}: write NORM:IMAGES or NORM:IMAGESxPROCESSES, such as MABN:2 or MABN:2x4"
+            f"--rows {text!r}: write NORM:IMAGES[/MICRO][xPROCESSES], such as MABN:2, MABN:8/2 or "
+            "MABN:2x4"
         )
-    row = Row(match[1], int(match[2]), int(match[3] or 1))
+    images = int(match[2])
+    micro = int(match[3] or images)
+    if images % micro:
+        raise ConfigError(
+            f"--rows {text!r}: {images} images can't be divided into micro-batches of {micro}"
+        )
+    row = Row(match[1], images, images // micro, int(match[4] or 1))
     if "SyncBN" in row.norm and row.processes == 1:
         raise ConfigError(
             f"--rows {text!r}: {row.norm} is BN in the one process of this row: use BN:{row.images}, "

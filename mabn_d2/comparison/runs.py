@@ -1,6 +1,7 @@
 """The runs of a comparison: a config for each, training, the result."""
 
 import json
+import math
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -33,17 +34,19 @@ def make_config(args: Namespace, row: str, seed: int) -> CfgNode:
     Raises:
         ConfigError: if the row or the config is wrong.
     """
-    norm, images, processes = parse_row(row)
+    norm, images, micro_batches, processes = parse_row(row)
     gpus = torch.cuda.device_count()
     if processes > 1 and gpus and (processes > gpus or args.num_gpus == 0):
         raise ConfigError(
             f"--rows {row!r} needs {processes} GPUs on a machine with GPUs ({gpus} here): hide them "
             "(CUDA_VISIBLE_DEVICES=-1) to train on the CPU"
         )
+    folder = row.replace(":", "_").replace("/", "_by_")
     settings = {
         "SOLVER.IMS_PER_BATCH": images * processes,
+        "SOLVER.ACCUMULATION_STEPS": micro_batches,
         "SEED": seed,
-        "OUTPUT_DIR": str(args.output / "runs" / row.replace(":", "_") / f"seed{seed}"),
+        "OUTPUT_DIR": str(args.output / "runs" / folder / f"seed{seed}"),
         **{f"MODEL.{node}.NORM": norm for node in NODES},
     }
     return setup_config(
@@ -74,6 +77,12 @@ def result_file(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT_DIR) / "result.json"
 
 
+def _average_precision(results: dict, task: str, name: str) -> float:
+    """Return an AP in %: 0 if the model found nothing, which Detectron2 reports as nan or not at all."""
+    value = results.get(task, {}).get(name, math.nan)
+    return 0.0 if math.isnan(value) else value
+
+
 @one_line_errors()
 def train(args: Namespace, row: str, seed: int) -> None:
     """Train a run to its end in each of its processes; the first process writes result.json."""
@@ -87,7 +96,7 @@ def train(args: Namespace, row: str, seed: int) -> None:
     found = trainer._last_eval_results
     seconds = [record["time"] for record in read_metrics(cfg.OUTPUT_DIR) if "time" in record]
     result = {
-        **{f"{task} {ap}": found[task][ap] for task, ap in METRICS},
+        **{f"{task} {ap}": _average_precision(found, task, ap) for task, ap in METRICS},
         "s/iteration": statistics.median(seconds),
         "iterations": cfg.SOLVER.MAX_ITER,
         "device": cfg.MODEL.DEVICE,

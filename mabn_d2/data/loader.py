@@ -32,20 +32,23 @@ def build_test_loader(cfg, dataset_name):
 
 
 def build_train_loader(cfg, mapper=None):
-    """Build the loader from DATASETS, DATALOADER and SOLVER.IMS_PER_BATCH.
+    """Build the loader from DATASETS, DATALOADER, SOLVER.IMS_PER_BATCH and ACCUMULATION_STEPS.
 
     Returns:
-        DataLoader of lists of mapped records; `loader.batch_sampler.start` is the iteration that it
+        DataLoader of lists of mapped records, those of this process in one optimizer iteration, its
+        micro-batches one behind the other; `loader.batch_sampler.start` is the iteration that it
         begins with.
     Raises:
-        ValueError: if IMS_PER_BATCH does not divide by the workers, or for a sampler that can't be
-            resumed.
+        ValueError: if IMS_PER_BATCH is no multiple of all processes' micro-batches, or for a sampler
+            that can't be resumed.
     """
-    workers = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % workers or workers > cfg.SOLVER.IMS_PER_BATCH:
+    steps = cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
+    micro_batches = comm.get_world_size() * steps
+    if cfg.SOLVER.IMS_PER_BATCH % micro_batches or micro_batches > cfg.SOLVER.IMS_PER_BATCH:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number "
-            f"of training processes ({workers}): change one of them"
+            f"of training processes ({comm.get_world_size()}) times SOLVER.ACCUMULATION_STEPS "
+            f"({steps}): change one of them"
         )
     skip = cfg.DATALOADER.get("BAD_INPUT") == "skip"
     if skip:
@@ -76,9 +79,10 @@ def build_train_loader(cfg, mapper=None):
     batches = TrainingBatches(
         [(record.get("width", 1), record.get("height", 1)) for record in records],
         sampler,
-        cfg.SOLVER.IMS_PER_BATCH // workers,
+        cfg.SOLVER.IMS_PER_BATCH // micro_batches,
         cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         seed,
+        steps,
     )
     remedy = 'mend or remove it, or set DATALOADER.BAD_INPUT to "skip"'
     return torch.utils.data.DataLoader(

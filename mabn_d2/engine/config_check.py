@@ -118,11 +118,24 @@ def check_config(cfg, workers=1, resume=False, train=True):
         resume: weights come from OUTPUT_DIR if a checkpoint is there.
         train: False where the config is for evaluation only.
     """
-    images = cfg.SOLVER.IMS_PER_BATCH
-    if train and (images < workers or images % workers):
+    images, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
+    if steps < 1:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {images}, no multiple of the {workers} training processes "
-            "(--num-gpus times --num-machines): change one"
+            f"SOLVER.ACCUMULATION_STEPS is {steps}: use 1 for no accumulation, or the number of "
+            "micro-batches in one optimizer iteration"
+        )
+    if train and (images < workers * steps or images % (workers * steps)):
+        if images < workers or images % workers:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH is {images}, no multiple of the {workers} training processes "
+                "(--num-gpus times --num-machines): change one"
+            )
+        share = images // workers
+        fitting = [n for n in range(1, share + 1) if share % n == 0]
+        raise ConfigError(
+            f"SOLVER.ACCUMULATION_STEPS is {steps}, which does not divide the {share} images that "
+            f"each process has of SOLVER.IMS_PER_BATCH {images}: use one of "
+            f"{', '.join(map(str, fitting))}, or change IMS_PER_BATCH"
         )
     if cfg.DATALOADER.BAD_INPUT not in ("stop", "skip"):
         raise ConfigError(

@@ -1,24 +1,31 @@
-"""One training iteration: mixed precision on CUDA and CPU, and batches that must not be learned from."""
+"""One training iteration: accumulated gradients, mixed precision, and batches with bad gradients."""
 
 import contextlib
 import logging
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.batches import micro_batches
+from ..data.seeding import mix
 from ..layers import MABN2d
 
-MAX_REJECTED = 20  # in a row: then it is not the batch
+# Training stops after this many rejected iterations in a row: the cause is then not one bad batch.
+MAX_REJECTED = 20
 
 
 def guarded_forward(model, data):
-    """Return model(data); where Detectron2 gives up on values that are not finite, losses of NaN.
+    """Return model(data), or losses of NaN if Detectron2 stops at values that are not finite.
 
-    Detectron2's RPN raises FloatingPointError. One rank that left the iteration there would leave
-    the others waiting for its gradients, so it takes part with gradients of NaN, which all reject.
+    Detectron2's RPN raises FloatingPointError. If one rank left the iteration there, the others would
+    wait for its gradients. So it takes part with gradients of NaN, and all ranks reject the iteration.
     """
     try:
         return model(data)
@@ -37,22 +44,47 @@ class GuardedDDP(DistributedDataParallel):
 
 
 class GuardedTrainer(SimpleTrainer):
-    """Detectron2's SimpleTrainer and AMPTrainer in one, that skips batches with bad gradients.
+    """Detectron2's SimpleTrainer and AMPTrainer in one, with accumulation and a check of gradients.
 
-    - A batch whose gradients are not all finite (after their average over the ranks, so that all
-      ranks agree) moves no parameter; the scalar `rejected_batches` counts them. MABN layers keep
-      statistics that are not finite out of their state themselves.
-    - With `amp`, forwards run in float16 on CUDA, under a GradScaler, and in bfloat16, which needs
-      none, elsewhere. MABN's gradient windows hold statistics of scaled gradients, so they follow
-      the scale when it changes.
+    - With `accumulation_steps` n, what the loader yields is cut into n micro-batches. Their gradients
+      are averaged, as DistributedDataParallel averages those of n processes. Processes exchange
+      gradients once, in the last backward; gradient clipping, the GradScaler and the optimizer act
+      once. Losses in the log are the mean over the micro-batches.
+    - If any gradient of an iteration is not finite, no parameter moves, and the scalar
+      `rejected_batches` is increased. Gradients are checked after their average over the ranks, so
+      that all ranks decide the same; one bad micro-batch rejects the whole iteration. The statistics
+      of MABN are another matter: each micro-batch whose statistics are finite counts, each other one
+      does not, in a rejected iteration too.
+    - With `amp`, forwards run in float16 on CUDA, under a GradScaler, and elsewhere in bfloat16, which
+      needs none. MABN's gradient windows hold statistics of scaled gradients, so they are rescaled
+      when the scale changes.
 
     Args:
         model: the module, or the GuardedDDP around it.
-        data_loader, optimizer: as in SimpleTrainer.
+        data_loader: yields lists of records, those of this process in one iteration.
+        optimizer: as in SimpleTrainer.
+        amp: use mixed precision.
+        accumulation_steps: micro-batches in one iteration.
+        seed: seeds all generators before each micro-batch, together with the iteration and the
+            micro-batch's number over all processes. A resumed run then makes the same random draws
+            (samples of anchors and RoIs, dropout) as an uninterrupted one, and a process with n
+            micro-batches the same as n processes. None: generators are left alone.
     """
 
-    def __init__(self, model, data_loader, optimizer, amp=False, **kwargs):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data_loader: Iterable[list[dict[str, Any]]],
+        optimizer: torch.optim.Optimizer,
+        amp: bool = False,
+        accumulation_steps: int = 1,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(model, data_loader, optimizer, **kwargs)
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be positive, got {accumulation_steps}")
+        self.accumulation_steps, self.seed = accumulation_steps, seed
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.norms = [module for module in model.modules() if isinstance(module, MABN2d)]
         self.rejected = self.rejected_in_a_row = self.bad_images = 0
@@ -61,28 +93,22 @@ class GuardedTrainer(SimpleTrainer):
         dtype = torch.float16 if device == "cuda" else torch.bfloat16
         self.autocast = torch.autocast(device, dtype) if amp else contextlib.nullcontext()
 
-    def run_step(self):
-        """Take one optimizer step, or none.
+    def run_step(self) -> None:
+        """Take one optimizer step, or none if gradients are not finite.
 
         Raises:
-            FloatingPointError: after MAX_REJECTED batches in a row that had to be skipped.
+            FloatingPointError: after MAX_REJECTED rejected iterations in a row.
         """
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.bad_images += sum(len(record.get("bad_images", ())) for record in data)
-        forward = self.model
-        if not isinstance(forward, GuardedDDP):
-            forward = lambda data: guarded_forward(self.model, data)  # noqa: E731
-        with self.autocast:
-            losses = forward(data)
-        self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
+        losses = self._accumulate_gradients(data)
         self.after_backward()
 
         self.grad_scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.params if p.grad is not None]
-        # The iteration's one synchronization beside those of the metrics.
+        # The iteration's only host synchronization apart from those of the metrics.
         if torch.stack(torch._foreach_norm(grads)).isfinite().all().item():
             self._write_metrics(losses, data_time)
             self.rejected_in_a_row = 0
@@ -99,6 +125,32 @@ class GuardedTrainer(SimpleTrainer):
         storage.put_scalar("rejected_batches", self.rejected, smoothing_hint=False)
         storage.put_scalar("bad_images", self.bad_images, smoothing_hint=False)
 
+    def _accumulate_gradients(self, data) -> dict[str, torch.Tensor]:
+        """Set the gradients to the mean over the micro-batches of `data`; return the mean losses."""
+        steps, total = self.accumulation_steps, {}
+        self.optimizer.zero_grad()
+        for number, batch in enumerate(micro_batches(data, steps)):
+            if self.seed is not None:
+                seed_all_rng(mix(self.seed, comm.get_rank() * steps + number, self.iter))
+            with self._synchronized(number == steps - 1):
+                with self.autocast:
+                    losses = self._forward(batch)
+                self.grad_scaler.scale(sum(losses.values()) / steps).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0) + loss.detach() / steps
+        return total
+
+    def _forward(self, data) -> Mapping[str, torch.Tensor]:
+        if isinstance(self.model, GuardedDDP):
+            return self.model(data)
+        return guarded_forward(self.model, data)
+
+    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager:
+        """Return the context in which only the last backward of an iteration exchanges gradients."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
     def _reject(self, losses):
         self.rejected += 1
         self.rejected_in_a_row += 1
@@ -112,13 +164,25 @@ class GuardedTrainer(SimpleTrainer):
         if factor != 1 and self.norms:
             torch._foreach_mul_([norm.buffer_gz for norm in self.norms], factor)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        return {**state, "grad_scaler": self.grad_scaler.state_dict(), "rejected": self.rejected}
+        return {
+            **state,
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "rejected": self.rejected,
+            "accumulation_steps": self.accumulation_steps,
+        }
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         # Absent in a checkpoint of another trainer, empty in that of a run without a scaler.
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.rejected = state_dict.get("rejected", 0)
+        before = state_dict.get("accumulation_steps", 1)
+        if before != self.accumulation_steps:
+            logging.getLogger(__name__).warning(
+                f"SOLVER.ACCUMULATION_STEPS is {self.accumulation_steps}, the checkpoint was written "
+                f"with {before}: the norms count micro-batches, so their schedules (warm-up, "
+                f"clipping) go on from another iteration; set it to {before} to go on exactly"
+            )

@@ -6,7 +6,7 @@ import weakref
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -15,8 +15,10 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
+from ..data.batches import MicroBatches
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm import norm_settings
 from ..solver import build_optimizer
@@ -25,7 +27,6 @@ from .guarded_trainer import GuardedDDP, GuardedTrainer
 from .hooks import (
     LogStatistics,
     RecalibrateMABN,
-    SeedEachIteration,
     StopOnSignal,
     SyncStatistics,
 )
@@ -55,7 +56,14 @@ class Trainer(DefaultTrainer):
             on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
             devices = None if on_cpu else [comm.get_local_rank()]
             model = GuardedDDP(model, device_ids=devices, broadcast_buffers=False)
-        self._trainer = GuardedTrainer(model, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
+        self._trainer = GuardedTrainer(
+            model,
+            loader,
+            optimizer,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            seed=cfg.SEED if cfg.SEED >= 0 else None,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A proxy, because the checkpointer would otherwise keep the trainer alive, and it the model.
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -70,17 +78,10 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self):
         ours = []
-        if self.cfg.SEED >= 0:
-            ours.append(SeedEachIteration(self.cfg.SEED))
         if self.cfg.MODEL.MABN.SYNC_BEFORE_EVAL:
             periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
             ours.append(SyncStatistics(self.model, periods))
-        if self.cfg.TEST.PRECISE_BN.ENABLED and layers_to_recalibrate(self.model):
-            cfg = self.cfg.clone()
-            cfg.defrost()
-            cfg.DATALOADER.NUM_WORKERS = 0  # as for Detectron2's own PreciseBN
-            loader, num_iters = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
-            ours.append(RecalibrateMABN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iters))
+        ours += self._precise_statistics()
         node = self.cfg.MODEL.MABN
         if node.LOG_PERIOD > 0:
             model = getattr(self.model, "module", self.model)
@@ -95,7 +96,38 @@ class Trainer(DefaultTrainer):
                     grad_scaler=self._trainer.grad_scaler,
                 )
             )
-        return [*ours, *super().build_hooks(), StopOnSignal(self.checkpointer)]
+        ours += [hooks.IterationTimer(), hooks.LRScheduler()]
+        if comm.is_main_process():
+            ours.append(
+                hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+            )
+        ours.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate))
+        if comm.is_main_process():  # after the evaluation, so that its metrics are written
+            ours.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return [*ours, StopOnSignal(self.checkpointer)]
+
+    def _precise_statistics(self):
+        """Return the hooks of TEST.PRECISE_BN, on batches of the size that a forward has in training."""
+        if not self.cfg.TEST.PRECISE_BN.ENABLED:
+            return []
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # saves memory; the batches are few
+        steps, period = cfg.SOLVER.ACCUMULATION_STEPS, cfg.TEST.EVAL_PERIOD
+        num_iters = cfg.TEST.PRECISE_BN.NUM_ITER * steps  # the images of NUM_ITER iterations
+        chosen = []
+        for hook, finds_layers in (
+            (RecalibrateMABN, layers_to_recalibrate),
+            (hooks.PreciseBN, get_bn_modules),
+        ):
+            if finds_layers(self.model):
+                loader = MicroBatches(self.build_train_loader(cfg), steps)
+                chosen.append(hook(period, self.model, loader, num_iters))
+        return chosen
+
+    def _evaluate(self):
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @classmethod
     def build_optimizer(cls, cfg, model):

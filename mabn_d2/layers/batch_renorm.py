@@ -104,6 +104,15 @@ class BatchRenorm2d(nn.Module):
         for name, value in new.items():
             setattr(self, name, value)
 
+    def scale_schedule(self, forwards):
+        """Let the schedule, set in optimizer iterations, count forwards (see `MABN2d.scale_schedule`).
+
+        Args:
+            forwards: training forwards in one optimizer iteration.
+        """
+        names = ("warmup_iters", "r_max_iter", "d_max_iter")
+        self.configure(**{name: getattr(self, name) * forwards for name in names})
+
     def reset_running_stats(self):
         self.running_mean.zero_()
         self.running_var.fill_(1)

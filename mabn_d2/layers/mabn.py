@@ -171,6 +171,24 @@ class MABN2d(nn.Module):
             self.buffer_gz = self.buffer_gz.new_zeros(window, self.num_features)
             self.reset_windows()
 
+    def scale_schedule(self, forwards):
+        """Let `warmup_iters` and `clip_start`, set in optimizer iterations, count forwards.
+
+        The layer's counter counts training forwards. With gradient accumulation an iteration has
+        several, and the schedule must end in the same iteration.
+
+        Args:
+            forwards: training forwards in one optimizer iteration. Call this once after
+                `configure`: a second call scales again.
+        """
+        warmup, clip_start = self.warmup_iters, self.clip_start
+        self.configure(
+            # The first iteration that uses the window is number `warmup_iters`: all its forwards do.
+            warmup_iters=(warmup - 1) * forwards + 1 if warmup > 0 else 0,
+            # The last iteration with r = 1 is the later one of the two: none of its forwards clips.
+            clip_start=max(clip_start, warmup) * forwards,
+        )
+
     @property
     def window(self):
         """m, the number of iterations, or groups, that the windows span."""

@@ -142,8 +142,9 @@ def center_conv(conv):
 def norm_settings(cfg):
     """Return the arguments of MABN2d that the node MODEL.MABN asks for; defaults without a node.
 
-    BATCH_SIZE 0 is the images that each GPU has in one iteration; a window that would not be a whole
-    number of iterations is then rounded up.
+    BATCH_SIZE 0 means the images of one forward: those of one GPU in one iteration, divided by
+    SOLVER.ACCUMULATION_STEPS. The window is then rounded up to a whole number of forwards.
+    WARMUP_ITERS and CLIP_START are in optimizer iterations (see `scale_norm_schedules`).
 
     Raises:
         ValueError: if BATCH_SIZE is given and does not divide SIMULATED_BATCH_SIZE.
@@ -153,7 +154,8 @@ def norm_settings(cfg):
     simulated = node.SIMULATED_BATCH_SIZE if node else 32
     if batch_size == 0:
         # At least 1: a model may be built with fewer images than workers, to be looked at.
-        batch_size = max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1)
+        micro_batches = comm.get_world_size() * cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
+        batch_size = max(cfg.SOLVER.IMS_PER_BATCH // micro_batches, 1)
         wanted, simulated = simulated, math.ceil(simulated / batch_size) * batch_size
         if simulated != wanted:
             logging.getLogger(__name__).warning(
@@ -200,6 +202,20 @@ def configure_mabn(model, **settings):
     return model
 
 
+def scale_norm_schedules(model, accumulation_steps):
+    """Let norms whose schedule is in optimizer iterations count micro-batches instead.
+
+    Args:
+        model: its norms as `configure` left them; those with a `scale_schedule` are changed.
+        accumulation_steps: micro-batches in one optimizer iteration; with 1 nothing changes.
+    """
+    if accumulation_steps == 1:
+        return
+    for module in model.modules():
+        if hasattr(module, "scale_schedule"):
+            module.scale_schedule(accumulation_steps)
+
+
 def build_model(cfg):
     """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN.
 
@@ -210,7 +226,9 @@ def build_model(cfg):
     for module in model.modules():
         if isinstance(module, BatchRenorm2d):
             module.configure(**renorm)
-    return fuse_relu(configure_mabn(model, **norm_settings(cfg)))
+    configure_mabn(model, **norm_settings(cfg))
+    scale_norm_schedules(model, cfg.SOLVER.get("ACCUMULATION_STEPS", 1))
+    return fuse_relu(model)
 
 
 def _replace(old, new):

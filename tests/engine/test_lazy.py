@@ -131,6 +131,30 @@ def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
     assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
 
 
+def test_launcher_accumulates_gradients(small_scenes, tmp_path):
+    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
+    config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
+
+    def run(*arguments):
+        command = ["--config-file", str(config), "--num-gpus", "0", "train.max_iter=2", *arguments]
+        return LAUNCHER["main"](default_argument_parser().parse_args(command))
+
+    for images, steps in ((4, 0), (4, 3), (4, 8)):
+        message = "train.accumulation_steps"
+        with pytest.raises(SystemExit, match=message):
+            run(f"+train.accumulation_steps={steps}", f"dataloader.train.total_batch_size={images}")
+    run("+train.accumulation_steps=2", "dataloader.train.total_batch_size=4", "train.eval_period=0")
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert state["iteration"] == 1
+    assert (
+        state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 4
+    )  # two forwards each
+    cfg = LazyConfig.load(str(config))
+    cfg.train.update(device="cpu", accumulation_steps=2)
+    norm = LAUNCHER["build_model"](cfg).backbone.bottom_up.stem.conv1.norm
+    assert norm.clip_start == 2 * 100 and norm.warmup_iters == 2 * 99 + 1
+
+
 def test_signal_to_the_group_writes_a_checkpoint(tmp_path):
     """The trainer gets the batches of its iteration: loader workers leave the signal to it."""
     twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"

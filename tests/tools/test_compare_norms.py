@@ -12,6 +12,7 @@ import yaml
 from commands import run
 from mabn_d2.commands.compare_norms import CONFIG, main
 from mabn_d2.comparison import runs
+from mabn_d2.comparison.rows import parse_row
 from mabn_d2.comparison.runs import NODES, make_config
 from mabn_d2.config_files import get_config_file
 from mabn_d2.engine import Trainer
@@ -69,15 +70,29 @@ def test_rows_differ_in_norm_and_images_only():
     assert changed == {"NORM", "IMS_PER_BATCH", "OUTPUT_DIR"}
 
 
+@pytest.mark.parametrize(
+    "row, images, steps",
+    [("MABN:8/2", 8, 4), ("GN:8/2", 8, 4), ("BN:8/8", 8, 1), ("MABN:8/1x2", 16, 8)],
+)
+def test_rows_with_micro_batches(row, images, steps):
+    args = SimpleNamespace(
+        config_file=get_config_file(CONFIG), opts=[], num_gpus=0, output=Path("output/test")
+    )
+    cfg = make_config(args, row, 0)
+    assert images == cfg.SOLVER.IMS_PER_BATCH and steps == cfg.SOLVER.ACCUMULATION_STEPS
+    assert parse_row(row).processes == images // 8
+    assert Path(cfg.OUTPUT_DIR).parent.name == row.replace(":", "_").replace("/", "_by_")
+
+
 def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
-    rows, seeds = ("MABN:2", "BN:4"), ("0", "1")
+    rows, seeds = ("MABN:4/2", "BN:4"), ("0", "1")
     compare(tmp_path, rows=rows, seeds=seeds)
     with open(tmp_path / "runs.csv") as file:
         lines = list(csv.DictReader(file))
     assert [(r["row"], r["seed"], r["iterations"]) for r in lines] == [
-        ("MABN:2", "0", "12"),
+        ("MABN:4/2", "0", "12"),
         ("BN:4", "0", "12"),
-        ("MABN:2", "1", "12"),
+        ("MABN:4/2", "1", "12"),
         ("BN:4", "1", "12"),
     ]
     result = json.loads((tmp_path / "runs/BN_4/seed1/result.json").read_text())
@@ -152,6 +167,9 @@ def test_row_of_several_processes(tmp_path):
         ("MABN", "write NORM:IMAGES"),
         ("MABM:2", "unknown norm 'MABM'"),
         ("MABN:2x0", "write NORM:IMAGES"),
+        ("MABN:8/0", "write NORM:IMAGES"),
+        ("MABN:8/3", "8 images can't be divided into micro-batches of 3"),
+        ("MABN:2/4", "2 images can't be divided into micro-batches of 4"),
         ("SyncBN:2x2", 'use "naiveSyncBN"'),
     ],
 )

@@ -2,14 +2,12 @@
 
 from .log_statistics import LogStatistics
 from .recalibrate import RecalibrateMABN
-from .seed_each_iteration import SeedEachIteration
 from .stop_on_signal import StopOnSignal
 from .sync_statistics import SyncStatistics
 
 __all__ = [
     "LogStatistics",
     "RecalibrateMABN",
-    "SeedEachIteration",
     "StopOnSignal",
     "SyncStatistics",
 ]
