@@ -1,10 +1,10 @@
-"""The layers, which need torch only."""
+"""The norm layers and the centred convolution. They need torch only."""
 
 from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
 from .mabn import MABN2d
 from .per_level import PerLevelNorm
-from .split_norms import SplitBatchNorm2d, SplitBatchRenorm2d
+from .split_norms import SplitBatchNorm2d, SplitBatchRenorm2d, SplitMABN2d
 
 __all__ = [
     "BatchRenorm2d",
@@ -13,5 +13,6 @@ __all__ = [
     "PerLevelNorm",
     "SplitBatchNorm2d",
     "SplitBatchRenorm2d",
+    "SplitMABN2d",
     "center_weight",
 ]

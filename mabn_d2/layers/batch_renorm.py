@@ -1,13 +1,16 @@
 """BatchRenorm2d: Batch Renormalization, the published baseline between BatchNorm and MABN."""
 
+import math
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-_SETTINGS = ("eps", "momentum", "warmup_iters", "r_max", "r_max_iter", "d_max", "d_max_iter")
+from .base import ConfigurableNorm, check_input, check_ranges, statistics_dtype
 
 
-class BatchRenorm2d(nn.Module):
+class BatchRenorm2d(ConfigurableNorm):
     r"""Batch Renormalization of (N, C, H, W) (Ioffe 2017, https://arxiv.org/abs/1702.03275).
 
     In training, with the batch's mean and variance, and the running ones before their update:
@@ -34,7 +37,7 @@ class BatchRenorm2d(nn.Module):
     counter. Two differences: `running_var` averages the biased variance, which is what r compares
     it with; and statistics stay float32 (float64 in a float64 module) under `.half()`.
 
-    The state moves, as MABN2d's does, in training mode with gradients enabled. It does not for a
+    As in MABN2d, the state moves in training mode with gradients enabled. It does not for a
     weight that requires no grad (normalized as in evaluation), empty input, and input whose
     statistics are not finite. Note that activation checkpointing counts a forward twice, as it does
     with BatchNorm.
@@ -43,26 +46,36 @@ class BatchRenorm2d(nn.Module):
         ValueError: for an argument out of range.
     """
 
+    SETTINGS: ClassVar[dict[str, type]] = {
+        "eps": float,
+        "momentum": float,
+        "warmup_iters": int,
+        "r_max": float,
+        "r_max_iter": int,
+        "d_max": float,
+        "d_max_iter": int,
+    }
+    STATISTICS = ("running_mean", "running_var")
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.99,
-        warmup_iters=5000,
-        r_max=3.0,
-        r_max_iter=40000,
-        d_max=5.0,
-        d_max_iter=25000,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be positive, got {num_features}")
-        self.num_features = num_features
-        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        like = {"device": device, "dtype": _statistics_dtype(self.weight.dtype)}
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.99,
+        warmup_iters: int = 5000,
+        r_max: float = 3.0,
+        r_max_iter: int = 40000,
+        d_max: float = 5.0,
+        d_max_iter: int = 25000,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, device, dtype)
+        like = {"device": device, "dtype": statistics_dtype(self.weight.dtype)}
         self.register_buffer("running_mean", torch.empty(num_features, **like))
         self.register_buffer("running_var", torch.empty(num_features, **like))
         counter = torch.tensor(0, dtype=torch.int64, device=device)
@@ -78,33 +91,24 @@ class BatchRenorm2d(nn.Module):
         )
         self.reset_parameters()
 
-    def configure(self, **settings):
-        """Set any of the constructor's arguments from eps to d_max_iter on a built layer.
-
-        Nothing changes if an argument is wrong.
-        """
-        new = {name: getattr(self, name, None) for name in _SETTINGS} | settings
-        unknown = new.keys() - set(_SETTINGS)
-        if unknown:
-            raise TypeError(f"BatchRenorm2d has no argument {sorted(unknown)[0]}")
-        for name, good in (
-            ("eps", new["eps"] > 0),
-            ("momentum", 0 <= new["momentum"] <= 1),
-            ("warmup_iters", new["warmup_iters"] >= 0),
-            ("r_max", new["r_max"] >= 1),
-            ("d_max", new["d_max"] >= 0),
-        ):
-            if not good:
-                raise ValueError(f"{name} is out of range: {new[name]}")
+    def _check_settings(self, new: dict[str, Any]) -> None:
+        check_ranges(
+            new,
+            {
+                "eps": 0 < new["eps"] < math.inf,
+                "momentum": 0 <= new["momentum"] <= 1,
+                "warmup_iters": new["warmup_iters"] >= 0,
+                "r_max": new["r_max"] >= 1,
+                "d_max": new["d_max"] >= 0,
+            },
+        )
         for name in ("r_max_iter", "d_max_iter"):
             if new[name] < new["warmup_iters"]:
                 raise ValueError(
                     f"{name} ({new[name]}) must not be before warmup_iters ({new['warmup_iters']})"
                 )
-        for name, value in new.items():
-            setattr(self, name, value)
 
-    def scale_schedule(self, forwards):
+    def scale_schedule(self, forwards: int) -> None:
         """Let the schedule, set in optimizer iterations, count forwards (see `MABN2d.scale_schedule`).
 
         Args:
@@ -113,26 +117,28 @@ class BatchRenorm2d(nn.Module):
         names = ("warmup_iters", "r_max_iter", "d_max_iter")
         self.configure(**{name: getattr(self, name) * forwards for name in names})
 
-    def reset_running_stats(self):
+    def reset_running_stats(self) -> None:
+        """Reset the running statistics and the schedule's counter."""
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
+        """Reset weight, bias and all statistics."""
         self.reset_running_stats()
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x):
-        """(N, C, H, W) -> the same shape, dtype and memory format. Any N, H, W, zero too.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x: (N, C, H, W) -> the same shape, dtype and memory format.
+
+        Args:
+            x: any N, H, W, zero too.
 
         Raises:
             ValueError: if x is not (N, num_features, H, W), or has one value a channel in training.
         """
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}"
-            )
+        check_input(self.num_features, x)
         # Vectors are wider than half-precision activations.
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
@@ -141,7 +147,7 @@ class BatchRenorm2d(nn.Module):
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         if x.numel() == self.num_features:
             raise ValueError(f"expected more than 1 value per channel, got {tuple(x.shape)}")
-        counts = torch.is_grad_enabled()
+        update_state = torch.is_grad_enabled()
         with torch.no_grad():
             # The vectors' dtype, not x's, is that of the statistics returned, which are computed by
             # the vectorized kernel of every device and memory format, unlike `torch.var_mean`'s.
@@ -149,52 +155,43 @@ class BatchRenorm2d(nn.Module):
                 x, weight, bias, None, None, True, 0.0, self.eps
             )
             var = (inv_std.pow(-2) - self.eps).clamp_(min=0)
-            r, d = self._correction(mean, var, counts)
+            r, d = self._correction(mean, var, update_state)
         # The correction is affine: BatchNorm's own kernel has the right gradients.
         return F.batch_norm(x, None, None, weight * r, weight * d + bias, True, 0.0, self.eps)
 
-    def _correction(self, mean, var, counts):
-        """Return r (C,) and d (C,) of a batch and, if `counts`, move the state by it."""
+    def _correction(
+        self, mean: torch.Tensor, var: torch.Tensor, update_state: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return r (C,) and d (C,) of a batch; if `update_state`, move the state by it."""
         t = self.num_batches_tracked + 1
         r_limit = 1 + (self.r_max - 1) * self._ramp(t, self.r_max_iter)
         d_limit = self.d_max * self._ramp(t, self.d_max_iter)
         inv_std = (self.running_var + self.eps).rsqrt()
         r = ((var + self.eps).sqrt() * inv_std).clamp(1 / r_limit, r_limit)
         d = ((mean - self.running_mean) * inv_std).clamp(-d_limit, d_limit)
-        if counts:
-            self._count(mean, var)
+        if update_state:
+            self._update_state(mean, var)
         return r.to(mean.dtype), d.to(mean.dtype)
 
-    def _count(self, mean, var):
+    def _update_state(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         accepted = mean.isfinite().all() & var.isfinite().all()
         for running, value in ((self.running_mean, mean), (self.running_var, var)):
             value = torch.where(accepted, value.to(running.dtype), running)
             running.lerp_(value, 1 - self.momentum)
         self.num_batches_tracked.add_(accepted)
 
-    def _ramp(self, t, end):
-        """0 up to iteration warmup_iters, 1 from iteration `end` on; t () lies on the device."""
+    def _ramp(self, t: torch.Tensor, end: int) -> torch.Tensor:
+        """Return 0 up to iteration warmup_iters, 1 from iteration `end` on, a line between them."""
         done = (t - self.warmup_iters).to(self.running_var.dtype)
         return (done / max(end - self.warmup_iters, 1)).clamp(0, 1)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # Missing where BatchNorm was folded or frozen: the schedule then goes on from here.
         state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked.clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _apply(self, fn, *args, **kwargs):
-        names = ("running_mean", "running_var")
-        before = {name: getattr(self, name) for name in names}
-        super()._apply(fn, *args, **kwargs)
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.dtype != _statistics_dtype(after.dtype):  # .half(), .bfloat16()
-                setattr(self, name, buffer.to(after.device))
-        return self
-
-    def extra_repr(self):
-        return ", ".join([str(self.num_features), *(f"{n}={getattr(self, n)}" for n in _SETTINGS)])
-
-
-def _statistics_dtype(dtype):
-    return torch.promote_types(dtype, torch.float32)
+    def extra_repr(self) -> str:
+        shown = (f"{name}={getattr(self, name)}" for name in self.SETTINGS)
+        return ", ".join([str(self.num_features), *shown])

@@ -7,40 +7,48 @@ Then the backward of the normalization needs one batch statistic, psi = mean(g *
 BatchNorm's needs two, and both remaining statistics (E[x^2] and psi) may be replaced by averages
 over the last iterations.
 
-Per-channel vectors are (C,), windows (m, C); everything here happens on the tensors' device without
-a synchronization: conditions are tensors, branches are `torch.where`.
+Per-channel vectors are (C,), windows (m, C). Nothing here synchronizes with the tensors' device:
+conditions are tensors, branches are `torch.where`.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .ops import torch_ops
+from .ops import torch_passes
+from .ops.memory_format import dense_like
 
 
-def is_finite(vector):
+def is_finite(vector: torch.Tensor) -> torch.Tensor:
     """Return whether all elements of a (C,) vector are finite, as a (1,) bool."""
     # One reduction; isfinite().all() takes five operations.
     return torch.linalg.vector_norm(vector, torch.inf, dim=0, keepdim=True) < torch.inf
 
 
-def push(window, slot, value, accepted):
-    """Write value (C,) into window[slot] where `accepted`, in place, and return the window's mean.
+def push(
+    window: torch.Tensor, slot: torch.Tensor, value: torch.Tensor, accepted: torch.Tensor
+) -> torch.Tensor:
+    """Write value (C,) into window[slot] if `accepted`, in place, and return the window's mean.
 
     Args:
         window: (m, C) the last m statistics, in any order.
         slot: (1,) int64, the row to replace.
-        accepted: (1,) bool; where False nothing is written.
+        value: (C,) the new statistic.
+        accepted: (1,) bool; if False, nothing is written.
     """
     row = torch.where(accepted, value.to(window.dtype), window.index_select(0, slot))
     window.index_copy_(0, slot, row)
     return window.mean(0)
 
 
-def renorm(var, running_var, eps, clip_limit):
+def renorm(
+    var: torch.Tensor, running_var: torch.Tensor, eps: float, clip_limit: float
+) -> torch.Tensor:
     """Return r = sqrt(var + eps) / sqrt(running_var + eps), clamped to [1 / limit, limit].
 
-    With it y is normalized by the long-term statistic (EMAS, section 4.1) but the backward by the
-    window's (SMAS): no gradient flows through r, as in Batch Renormalization.
+    With r, y is normalized by the long-term statistic (EMAS, section 4.1 of the paper), while the
+    backward uses the window's (SMAS). No gradient flows through r, as in Batch Renormalization.
     """
     return ((var + eps) / (running_var + eps)).sqrt_().clamp_(1 / clip_limit, clip_limit)
 
@@ -53,110 +61,116 @@ def advance(
     iters: torch.Tensor,
     eps: float,
     momentum: float,
-    warmup_iters: int,
-    clip_start: int,
+    batch_stats_iters: int,
+    no_renorm_iters: int,
     clip_limit: float,
-    counts: bool,
+    update_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose what one input is normalized by and, if `counts`, move the state by it, in place.
+    """Choose what an input is normalized by; if `update_state`, move the state by it, in place.
 
     Args:
         x2: (C,) mean(x^2) of the input.
-        accepted: (1,) bool; where False the input enters neither window nor running_var.
+        accepted: (1,) bool; if False, the input enters neither window nor running_var.
         buffer_x2, running_var, iters: the layer's state, (m, C), (C,), (1,).
-        eps, momentum, warmup_iters, clip_start, clip_limit: see MABN2d.
+        eps, momentum, clip_limit: see MABN2d.
+        batch_stats_iters: up to this iteration var is x2.
+        no_renorm_iters: up to this iteration r is 1.
+        update_state: whether this forward moves the state.
 
     Returns:
-        var (C,), r (C,), slot (1,) and plain (1,), as `mabn_train` takes them.
+        var (C,), r (C,), slot (1,) and use_batch_stats (1,), the arguments of `mabn_train`.
     """
     t = iters + 1
-    m = buffer_x2.shape[0]
-    slot = t % m
-    plain = t <= max(m, warmup_iters - 1)
-    mean = push(buffer_x2 if counts else buffer_x2.clone(), slot, x2, accepted)
-    var = torch.where(plain, x2, mean.to(x2.dtype))
+    slot = t % buffer_x2.shape[0]
+    use_batch_stats = t <= batch_stats_iters
+    mean = push(buffer_x2 if update_state else buffer_x2.clone(), slot, x2, accepted)
+    var = torch.where(use_batch_stats, x2, mean.to(x2.dtype))
     r = renorm(var, running_var.to(var.dtype), eps, clip_limit)
-    r = torch.where(t <= max(clip_start, warmup_iters), 1.0, r)
-    if counts:
+    r = torch.where(t <= no_renorm_iters, 1.0, r)
+    if update_state:
         target = torch.where(accepted, var.to(running_var.dtype), running_var)
         running_var.lerp_(target, 1 - momentum)
         iters.add_(accepted)
-    return var, r, slot, plain
+    return var, r, slot, use_batch_stats
 
 
 # For torch.compile: its partitioner would compute r again in the backward, from a running_var that
-# has moved since. What an operator of its own returns is kept.
+# has moved since. It keeps the results of a custom operator.
 advance_op = torch.library.custom_op(
     "mabn_d2::advance", advance, mutates_args=("buffer_x2", "running_var", "iters")
 )
 
 
 @advance_op.register_fake
-def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
+def _(
+    x2: torch.Tensor,
+    accepted: torch.Tensor,
+    buffer_x2: torch.Tensor,
+    running_var: torch.Tensor,
+    iters: torch.Tensor,
+    *arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     slot = torch.empty_like(iters)
     return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
 
 
-def _scales(var, r, weight, eps):
-    """Return var + eps, r / sqrt(var + eps) and weight times that; all (C,)."""
+def scales(
+    var: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return var + eps, r / sqrt(var + eps) and weight times that, all like var."""
     var = var + eps
     r_std = r * var.rsqrt()
     return var, r_std, r_std * weight
-
-
-def _backward_scales(dyx, scale, var, r_std, psi_window, slot, plain, count):
-    """Return the factor of x in dx, and dweight; psi enters the window.
-
-    Args:
-        dyx: (C,) sum(dy * x) over `count` elements.
-        scale, var, r_std: of the forward, var with eps.
-        psi_window, slot, plain: see `mabn_train`.
-    """
-    psi = (dyx * scale).div_(count)  # mean(g * z), g = dy * weight * r
-    window_mean = push(psi_window, slot, psi, is_finite(psi))
-    psi = torch.where(plain, psi, window_mean.to(psi.dtype))
-    return psi.div_(var).neg_(), dyx * r_std
 
 
 class _MABN(torch.autograd.Function):
     """y = relu?(weight * r * z + bias), z = x / sqrt(var + eps); keeps x and vectors only."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, var, r, eps, relu, psi_window, slot, plain):
+    def forward(ctx, x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, relu):
         ctx.dtypes = weight.dtype, bias.dtype
-        var, r_std, scale = _scales(var, r, weight.to(r.dtype), eps)
+        var, r_std, scale = scales(var, r, weight.to(r.dtype), eps)
         shift = bias.to(r.dtype)
-        ctx.save_for_backward(x, scale, shift if relu else None, var, r_std, slot, plain)
-        # Written to in the backward, which the checks of save_for_backward forbid.
+        # Every backend saves these, in this order: see `torch_ops.mabn_given`.
+        ctx.save_for_backward(x, scale, shift if relu else None, var, r_std, slot, use_batch_stats)
+        # The backward writes to it, which the checks of save_for_backward forbid.
         ctx.psi_window = psi_window
-        affine = torch_ops.scale_shift_relu if relu else torch_ops.scale_shift
-        return affine(x, scale, shift)
+        ctx.set_materialize_grads(False)
+        return torch_passes.affine(x, scale, shift, relu)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
-        dy = torch_ops.dense_like(dy, x)
-        relu = shift is not None
-        if relu:
-            dyx, dbias, dy = torch_ops.relu_sums(dy, x, scale, shift)
-        else:
-            dyx, dbias = torch_ops.product_sums(dy, x)
-        scale_x, dweight = _backward_scales(
-            dyx, scale, var, r_std, ctx.psi_window, slot, plain, x.numel() // x.shape[1]
-        )
+        if dy is None:
+            return (None,) * 10
+        x, scale, shift, var, r_std, slot, use_batch_stats = ctx.saved_tensors
+        dy = dense_like(dy, x)
+        if shift is not None:
+            dy = torch_passes.relu_backward(dy, x, scale, shift)
+        dyx, dbias = torch_passes.product_sums(dy, x)
+        psi = (dyx * scale).div_(x.numel() // x.shape[1])  # mean(g * z), g = dy * weight * r
+        mean = push(ctx.psi_window, slot, psi, is_finite(psi))
+        psi = torch.where(use_batch_stats, psi, mean.to(psi.dtype))
         dx = None
         if ctx.needs_input_grad[0]:
             # dx = (g - z * psi) / sqrt(var), g = dy * weight * r, z = x / sqrt(var)
-            if relu:
-                dx = torch_ops.relu_combine(dy, x, scale, scale_x, shift)
-            else:
-                dx = torch_ops.combine(dy, x, scale, scale_x)
+            dx = torch_passes.combine(dy, x, scale, psi.div_(var).neg_())
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
+        return dx, (dyx * r_std).to(weight_dtype), dbias.to(bias_dtype), *(None,) * 7
 
 
-def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False):
+def mabn_train(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    var: torch.Tensor,
+    r: torch.Tensor,
+    eps: float,
+    psi_window: torch.Tensor,
+    slot: torch.Tensor,
+    use_batch_stats: torch.Tensor,
+    relu: bool = False,
+) -> torch.Tensor:
     r"""Normalize by given statistics; the backward averages psi over `psi_window`.
 
     .. math::
@@ -171,19 +185,38 @@ def mabn_train(x, weight, bias, var, r, eps, psi_window, slot, plain, relu=False
         weight, bias: (C,).
         var: (C,) v, a mean of x^2 over one or more batches; float32 at least.
         r: (C,), no gradient flows through it.
+        eps: added to var.
         psi_window: (m, C), moved by the backward unless psi is not finite.
         slot: (1,) int64, the row of the window that belongs to this forward.
-        plain: (1,) bool, True where P is to be psi itself.
+        use_batch_stats: (1,) bool, True if P is psi itself.
         relu: apply ReLU to y, keeping no other tensor for it.
+
+    Returns:
+        y, like x.
     """
-    return _MABN.apply(x, weight, bias, var, r, eps, relu, psi_window, slot, plain)
+    return _MABN.apply(x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, relu)
 
 
-def mabn_eval(x, weight, bias, running_var, eps):
-    """Return weight * x / sqrt(running_var + eps) + bias in the dtype of x: one affine pass each way.
+def mabn_eval(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    running_var: torch.Tensor,
+    eps: float,
+    relu: bool = False,
+) -> torch.Tensor:
+    """Return weight * x / sqrt(running_var + eps) + bias, or its ReLU: one affine pass each way.
 
-    x may be empty; then the result is, and the gradients are zeros.
+    Args:
+        x: (N, C, H, W), any floating dtype. It may be empty: then the gradients are zeros.
+        weight, bias, running_var: (C,).
+        eps: added to running_var.
+        relu: whether to apply ReLU.
+
+    Returns:
+        y, in the dtype of x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias, var = weight.to(dtype), bias.to(dtype), running_var.to(dtype)
-    return F.batch_norm(x, torch.zeros_like(var), var, weight, bias, False, 0.0, eps)
+    y = F.batch_norm(x, torch.zeros_like(var), var, weight, bias, False, 0.0, eps)
+    return y.relu_() if relu else y

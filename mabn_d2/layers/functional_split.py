@@ -1,25 +1,33 @@
 r"""Normalization batches smaller than the batch ("ghost" batches): the classification form.
 
-An input of N images is cut into G = ceil(N / B) consecutive groups of B images, the last one of what
-is left; each is a normalization batch. Per-group statistics are (G, C), an iteration's in the order
-of its images; a short last group counts like any other wherever groups are averaged.
+An input of N images is cut into G = ceil(N / B) consecutive groups of B images; the last group has
+what is left. Each group is a normalization batch. Statistics of groups are (G, C), in the order of the
+images. A short last group counts like any other wherever groups are averaged.
 
-There is no loop over groups. The passes over activations give or take one number per image and
-channel, and groups are averages over images, (N, C) numbers. Compiled operators and Triton's take such
-rows as they are, and the former do all of a layer in one call (`ops/dispatch.py`). In torch's own kernels
-contiguous (N, C, H, W) is looked at as (1, N * C, H, W), so that the batch-norm kernels of `torch_ops.py`
-serve; in channels-last that is no view, and elementwise kernels take their place.
+There is no loop over groups. The passes over activations take or give one number per image and
+channel, and groups are sums over images, that is over (N, C) numbers.
 """
+
+from typing import Any
 
 import torch
 
-from .functional import is_finite, renorm
-from .ops import torch_ops
-from .ops.dispatch import find
+from .functional import is_finite, renorm, scales
+from .ops import torch_passes
+from .ops.memory_format import dense_like
 
 
-def group_sizes(n, batch_size, like):
-    """Return the images of each of n images' groups, to divide (G, C) by: a number, or (G, 1)."""
+def group_sizes(n: int, batch_size: int, like: torch.Tensor) -> int | torch.Tensor:
+    """Return the number of images in each group of n images, to divide (G, C) by.
+
+    Args:
+        n: number of images.
+        batch_size: images in a group.
+        like: a tensor of the dtype and device of the result.
+
+    Returns:
+        A number if all groups are equal, else (G, 1).
+    """
     if n % batch_size == 0:
         return batch_size
     sizes = like.new_full((-(-n // batch_size), 1), batch_size)
@@ -27,100 +35,51 @@ def group_sizes(n, batch_size, like):
     return sizes
 
 
-def group_sum(rows, batch_size):
-    """(N, C), one row an image -> (G, C): the sum over each group of `batch_size` images."""
+def group_sum(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Return the sum over each group of `batch_size` images: (N, C) -> (G, C)."""
     n, c = rows.shape
     if n % batch_size:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, -n % batch_size))
     return rows.view(-1, batch_size, c).sum(1)
 
 
-def group_mean(rows, batch_size):
-    """(N, C), one row an image -> (G, C): the mean over each group of `batch_size` images."""
+def group_mean(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Return the mean over each group of `batch_size` images: (N, C) -> (G, C)."""
     return group_sum(rows, batch_size) / group_sizes(len(rows), batch_size, rows)
 
 
-def to_images(groups, batch_size, n):
-    """(..., G, C) -> (..., n, C): each image's row is that of its group."""
+def to_images(groups: torch.Tensor, batch_size: int, n: int) -> torch.Tensor:
+    """Repeat the row of each group for its images: (..., G, C) -> (..., n, C)."""
     return groups.repeat_interleave(batch_size, -2)[..., :n, :]
 
 
-def _fold(x):
-    n, c, h, w = x.shape
-    return x.reshape(1, n * c, h, w)
+def mean_square(passes: Any, x: torch.Tensor, batch_size: int = 0) -> torch.Tensor:
+    """Return mean(x^2) over N, H, W as (C,), or of each group of images as (G, C).
 
-
-def image_moments(x):
-    """Return mean and biased variance over H, W as (N, C) each, in float32 at least."""
-    n, c, h, w = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.is_contiguous():
-        # GroupNorm of one channel a group: the fastest such kernel on CPU, but slow in channels-last.
-        _, mean, inv_std = torch.native_group_norm(x, None, None, n, c, h * w, c, 0.0)
-        return mean, inv_std.pow_(-2)
-    mean = x.mean((2, 3))
-    return mean, (x - torch_ops.maps(mean)).square_().mean((2, 3))
-
-
-def group_moments(x, batch_size):
-    """Return mean and biased variance of each group over its N, H, W as (G, C) each."""
-    image_mean, image_var = image_moments(x)
-    mean = group_mean(image_mean, batch_size)
-    between = (image_mean - to_images(mean, batch_size, len(x))).square()
-    return mean, group_mean(image_var + between, batch_size)
-
-
-def group_mean_square(x, batch_size):
-    """Return mean(x^2) of each group over its N, H, W as (G, C)."""
-    if x.is_contiguous() or find(x):
-        sums = image_sums(x, x)[0]
-    else:
-        sums = x.square().sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-    return group_mean(sums / (x.shape[2] * x.shape[3]), batch_size)
-
-
-def image_sums(dy, x, scratch=None):
-    """Return sum(dy * x) and sum(dy) over H, W as (N, C) each, in float32 at least.
-
-    `scratch`, like x, may be written to.
+    Args:
+        passes: a backend (`ops/dispatch.py`), or `torch_passes`.
+        x: (N, C, H, W), dense and not empty.
+        batch_size: images in a group, or 0: all of x.
     """
-    if operators := find(x):
-        return operators.product_sums(dy, x, True)
-    n, c = x.shape[:2]
-    if x.is_contiguous():
-        return tuple(sums.view(n, c) for sums in torch_ops.product_sums(_fold(dy), _fold(x)))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    product = torch.mul(dy, x, out=scratch)
-    return product.sum((2, 3), dtype=dtype), dy.sum((2, 3), dtype=dtype)
+    if batch_size == 0:
+        return passes.square_sums(x) / (x.numel() // x.shape[1])
+    return group_mean(passes.square_sums(x, True) / (x.shape[2] * x.shape[3]), batch_size)
 
 
-def affine(x, scale, shift, out=None):
-    """Return scale * x + shift, per image and channel (N, C), in the dtype and format of x.
-
-    The result is `out`, which is like x, or a new tensor.
-    """
-    if operators := find(x):
-        return operators.affine(x, scale, shift)
-    if x.is_contiguous():
-        y = torch_ops.scale_shift(_fold(x), scale.flatten(), shift.flatten())
-        # Nothing else holds y, and an in-place ReLU on a view from a custom function is an error.
-        return torch.ops.aten._unsafe_view(y, x.shape)
-    out = torch.empty_like(x) if out is None else out
-    return torch.addcmul(torch_ops.maps(shift), x, torch_ops.maps(scale), out=out)
-
-
-def push_groups(window, rows, first, accepted):
+def push_groups(
+    window: torch.Tensor, rows: torch.Tensor, first: torch.Tensor, accepted: torch.Tensor
+) -> torch.Tensor:
     """Let this iteration's groups enter the window, in place; return each one's trailing mean.
 
     Args:
         window: (m, C) statistics of the last m groups before this iteration, the oldest first.
-        rows: (G, C) this iteration's.
+        rows: (G, C) this iteration's statistics.
         first: (1,) bool, True at iteration 1: nothing has entered the window yet. Then each group
             keeps its own statistic, and if G < m the groups are repeated until the window is full.
-        accepted: (1,) bool; where False the window stays.
+        accepted: (1,) bool; if False, the window stays.
 
     Returns:
-        (G, C), the means over the m groups that end with each.
+        (G, C), the means over the m groups that end with each group.
     """
     m, groups = len(window), len(rows)
     sequence = torch.cat([window.to(rows.dtype), rows])
@@ -139,28 +98,31 @@ def advance_groups(
     iters: torch.Tensor,
     eps: float,
     momentum: float,
-    warmup_iters: int,
+    batch_stats_iters: int,
+    no_renorm_iters: int,
     clip_limit: float,
-    counts: bool,
+    update_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`functional.advance` for the x2 (G, C) of an iteration's groups.
+    """Do what `functional.advance` does, for the x2 (G, C) of an iteration's groups.
 
     Returns:
-        var (G, C), r (G, C), the iteration (1,) and first (1,) bool, True at iteration 1.
+        var (G, C), r (G, C), slot (1,), which has no meaning here, and use_batch_stats (1,) bool,
+        True at iteration 1 (`batch_stats_iters` is 1 in this form).
     """
-    first = iters == 0
-    var = push_groups(buffer_x2 if counts else buffer_x2.clone(), x2, first, accepted)
+    t = iters + 1
+    first = t <= batch_stats_iters
+    var = push_groups(buffer_x2 if update_state else buffer_x2.clone(), x2, first, accepted)
     mean = var.mean(0).to(running_var.dtype)
     before = torch.where(first, mean, running_var)
     r = renorm(var, before.to(var.dtype), eps, clip_limit)
-    r = torch.where(iters + 1 < warmup_iters, 1.0, r)
-    if counts:
+    r = torch.where(t <= no_renorm_iters, 1.0, r)
+    if update_state:
         running_var.copy_(torch.where(accepted, before.lerp(mean, 1 - momentum), running_var))
         iters.add_(accepted)
-    return var, r, iters.clone(), first
+    return var, r, t % len(buffer_x2), first
 
 
-# An operator of its own for torch.compile, for the reason given at `functional.advance_op`.
+# A custom operator for torch.compile, for the reason given at `functional.advance_op`.
 advance_groups_op = torch.library.custom_op(
     "mabn_d2::advance_groups",
     advance_groups,
@@ -169,82 +131,89 @@ advance_groups_op = torch.library.custom_op(
 
 
 @advance_groups_op.register_fake
-def _(x2, accepted, buffer_x2, running_var, iters, *arguments):
-    t = torch.empty_like(iters)
-    return torch.empty_like(x2), torch.empty_like(x2), t, torch.empty_like(accepted)
+def _(
+    x2: torch.Tensor,
+    accepted: torch.Tensor,
+    buffer_x2: torch.Tensor,
+    running_var: torch.Tensor,
+    iters: torch.Tensor,
+    *arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    slot = torch.empty_like(iters)
+    return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
 
 
-def combine(dy, x, scale_dy, scale_x, shift, out=None):
-    """Return scale_dy * dy + scale_x * x + shift, per image and channel, else as `affine`."""
-    if operators := find(x):
-        return operators.combine(dy, x, scale_dy, scale_x, shift)
-    return affine(x, scale_x, shift, out).addcmul_(dy, torch_ops.maps(scale_dy.to(x.dtype)))
-
-
-class _NormalizeGroups(torch.autograd.Function):
-    """y = weight * (r * z + d) + bias, z = (x - mean) / sqrt(var + eps); keeps x and vectors."""
+class _MABNGroups(torch.autograd.Function):
+    """`functional._MABN` with statistics of each group, (G, C)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, r, d, eps, batch_size, psi_window, first):
-        dtype = var.dtype
-        inv_std = (var + eps).rsqrt()
-        scale = weight.to(dtype) * r * inv_std
-        shift = weight.to(dtype) * d + bias.to(dtype) - mean * scale
-        ctx.save_for_backward(x, weight, bias, mean, inv_std, r, d, scale, first)
-        # Written to in the backward, which the checks of save_for_backward forbid.
+    def forward(
+        ctx, x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, batch_size, relu
+    ):
+        ctx.dtypes = weight.dtype, bias.dtype
+        var, r_std, scale = scales(var, r, weight.to(r.dtype), eps)
+        shift = bias.to(r.dtype)
+        # Every backend saves these, in this order: see `torch_ops.mabn_given`.
+        ctx.save_for_backward(x, scale, shift if relu else None, var, r_std, slot, use_batch_stats)
+        # The backward writes to it, which the checks of save_for_backward forbid.
         ctx.psi_window, ctx.batch_size = psi_window, batch_size
-        return affine(x, *to_images(torch.stack([scale, shift]), batch_size, len(x)))
+        ctx.set_materialize_grads(False)
+        n, c = x.shape[:2]
+        return torch_passes.affine(x, to_images(scale, batch_size, n), shift.expand(n, c), relu)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, bias, mean, inv_std, r, d, scale, first = ctx.saved_tensors
-        n, batch_size = len(x), ctx.batch_size
-        dy = torch_ops.dense_like(dy, x)
-        # In channels-last first holds dy * x.
+        if dy is None:
+            return (None,) * 11
+        x, scale, shift, var, r_std, _, use_batch_stats = ctx.saved_tensors
+        (n, c, h, w), batch_size = x.shape, ctx.batch_size
+        dy = dense_like(dy, x)
+        image_scale = to_images(scale, batch_size, n)
+        if shift is not None:
+            dy = torch_passes.relu_backward(dy, x, image_scale, shift.expand(n, c))
+        dyx, dbias = (
+            group_sum(sums, batch_size) for sums in torch_passes.product_sums(dy, x, True)
+        )
+        psi = dyx * scale / (group_sizes(n, batch_size, dyx) * (h * w))
+        mean = push_groups(ctx.psi_window, psi, use_batch_stats, is_finite(psi.flatten()))
         dx = None
-        if ctx.needs_input_grad[0] and not (x.is_contiguous() or find(x)):
-            dx = torch.empty_like(x)
-        dyx, dysum = (group_sum(rows, batch_size) for rows in image_sums(dy, x, dx))
-        dyz = (dyx - mean * dysum) * inv_std
-
-        pixels = group_sizes(n, batch_size, dyz) * (x.shape[2] * x.shape[3])
-        g_scale = weight.to(r.dtype) * r / pixels
-        psi = dyz * g_scale  # E[g z], g = dy * weight * r
-        gamma = dysum * g_scale  # E[g]
-        if ctx.psi_window is not None:
-            psi = push_groups(ctx.psi_window, psi, first, is_finite(psi.flatten()))
-            gamma = torch.zeros_like(gamma)
-
         if ctx.needs_input_grad[0]:
-            # dx = (g - z * psi - gamma) / sqrt(var + eps), and z is affine in x.
-            slope = psi * inv_std.square()
-            vectors = torch.stack([scale, -slope, slope * mean - gamma * inv_std])
-            dx = combine(dy, x, *to_images(vectors, batch_size, n), dx)
-        dweight = (dyz * r + dysum * d).sum(0).to(weight.dtype)
-        return dx, dweight, dysum.sum(0).to(bias.dtype), *(None,) * 8
+            scale_x = to_images(-mean / var, batch_size, n)
+            dx = torch_passes.combine(dy, x, image_scale, scale_x)
+        weight_dtype, bias_dtype = ctx.dtypes
+        dweight = (dyx * r_std).sum(0).to(weight_dtype)
+        return dx, dweight, dbias.sum(0).to(bias_dtype), *(None,) * 8
 
 
-def normalize_groups(
-    x, weight, bias, mean, var, r, d, eps, batch_size, psi_window=None, first=None
-):
-    r"""Normalize each group of `batch_size` images by statistics of its own.
-
-    .. math::
-        z = (x - \mu) / \sqrt{v + \epsilon}, \quad y = w (r z + d) + b, \quad
-        dx = (g - z E[g z] - E[g]) / \sqrt{v + \epsilon}, \quad g = dy\, w\, r
-
-    which is BatchNorm where r = 1 and d = 0, and Batch Renormalization with its r and d. With
-    `psi_window` it is MABN: there E[g z] is the mean over the last m groups, and the term E[g],
-    which comes from subtracting a mean, is left out; mean and d are zeros.
+def mabn_groups(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    var: torch.Tensor,
+    r: torch.Tensor,
+    eps: float,
+    psi_window: torch.Tensor,
+    slot: torch.Tensor,
+    use_batch_stats: torch.Tensor,
+    batch_size: int,
+    relu: bool = False,
+) -> torch.Tensor:
+    """Normalize each group of images by given statistics: `functional.mabn_train` of groups.
 
     Args:
-        x: (N, C, H, W), dense, not empty, any floating dtype.
+        x: (N, C, H, W), dense and not empty, any floating dtype.
         weight, bias: (C,).
-        mean, var, r, d: (G, C), float32 at least; no gradient flows through r and d.
+        var, r: (G, C), float32 at least; no gradient flows through r.
+        eps: added to var.
         psi_window: (m, C), moved by the backward unless E[g z] is not finite.
-        first: (1,) bool, what `advance_groups` returned; with psi_window only.
+        slot, use_batch_stats: (1,), what `advance_groups` returned.
+        batch_size: images in a group.
+        relu: apply ReLU to y, keeping no other tensor for it.
+
+    Returns:
+        y, like x.
     """
-    return _NormalizeGroups.apply(
-        x, weight, bias, mean, var, r, d, eps, batch_size, psi_window, first
+    return _MABNGroups.apply(
+        x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, batch_size, relu
     )

@@ -3,45 +3,37 @@
 import logging
 import math
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from . import functional, functional_split
+from . import functional
+from .base import ConfigurableNorm, check_input, check_ranges, statistics_dtype
+from .functional_split import mean_square
 from .ops import torch_ops
-from .ops.dispatch import find
+from .ops.dispatch import select_backend
+from .ops.memory_format import dense
 
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
 
-_SETTINGS = (
-    "eps",
-    "momentum",
-    "batch_size",
-    "simulated_batch_size",
-    "warmup_iters",
-    "clip_start",
-    "clip_limit",
-    "split_batch",
-)
-_STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
-_PUBLISHED = {"buffer_x2": "pre_x2", "buffer_gz": "pre_gz"}  # of the classification form
 _logger = logging.getLogger(__name__)
 
 
 class Statistics(NamedTuple):
     """What one training forward normalized by; tensors on the layer's device."""
 
-    x2: torch.Tensor  # (C,) mean(x^2) of this input; here and below (G, C) with split_batch
+    x2: torch.Tensor  # (C,) mean(x^2) of this input; (G, C) in the split form, as var and r
     var: torch.Tensor  # (C,) v: x2, or the mean of the window
     r: torch.Tensor  # (C,) sqrt(v + eps) / sqrt(running_var + eps), clipped; or 1
-    slot: torch.Tensor  # (1,) int64, this input's row of both windows; unused with split_batch
-    plain: torch.Tensor  # (1,) bool: warm-up, no window yet
+    slot: torch.Tensor  # (1,) int64, this input's row of both windows; unused in the split form
+    use_batch_stats: torch.Tensor  # (1,) bool: v is x2, for warm-up or as no window is full yet
     counted: torch.Tensor  # (1,) bool: this input has moved the state
 
 
-class MABN2d(nn.Module):
+class MABN2d(ConfigurableNorm):
     r"""Moving Average Batch Normalization (ICLR 2020) of (N, C, H, W), after a `CenConv2d`.
 
     In training, with t the iteration (one forward), m the window and a the momentum:
@@ -62,27 +54,22 @@ class MABN2d(nn.Module):
         eps: added to every second moment.
         momentum: the paper's decay a, the share of the *old* running_var that is kept. Note that
             torch's BatchNorm means the opposite by the same word: its 0.02 is 0.98 here.
-        batch_size: images in one normalization batch: those of one forward on one GPU, or B of
-            `split_batch`.
+        batch_size: images in one normalization batch: those of one forward on one GPU, or of one
+            group in the split form.
         simulated_batch_size: images that the window spans; m = simulated_batch_size / batch_size.
         warmup_iters: T, iterations that are normalized by their own statistics.
         clip_start: r is 1 up to iteration max(clip_start, warmup_iters). The published 1000 is
             for 90,000 iterations or more; short schedules need less.
         clip_limit: r stays within [1 / clip_limit, clip_limit].
         activation: None or "relu", which is then fused and needs no tensor of its own.
-        split_batch: the classification form, where SGD's batch is larger than a normalization
-            batch: an input of N images is ceil(N / B) consecutive normalization batches of B
-            images, the last one of what is left. The windows run over them, across iterations:
-            group i of an iteration uses the mean of the m groups that end with it, forward and
-            backward. The plain iteration is the first alone; r is 1 while t < warmup_iters, and
-            clip_start has no part; R starts as the first iteration's mean of v and moves by an
-            iteration's mean of v. Each group counts the same, a short one too. (See `functional_split.py`.)
+        split_batch: True makes a `SplitMABN2d`, for batches of SGD that are larger than a
+            normalization batch; it is a subclass of this one.
+        device, dtype: of weight and bias.
 
     State: `weight`, `bias`, `running_var` (C,); the windows `buffer_x2`, `buffer_gz` (m, C); the
-    counter `iters` (1,). With split_batch the windows' keys are the published `pre_x2`, `pre_gz`, the
-    last row the latest. Statistics stay float32 (float64 in a float64 module) under `.half()`.
-    `load_state_dict` takes the published layer's state, in any of its shapes; windows that do not
-    fit are refilled: they and the counter start over together, running_var stays.
+    counter `iters` (1,). Statistics stay float32 (float64 in a float64 module) under `.half()`.
+    `load_state_dict` takes the published layer's state, in any of its shapes. Windows that do not fit
+    are refilled: they and the counter start over together, running_var stays.
 
     What moves the state: a forward in training mode with gradients enabled, whether or not a
     backward follows. What does not: evaluation mode; `torch.no_grad` and `inference_mode`
@@ -94,37 +81,67 @@ class MABN2d(nn.Module):
         ValueError: for a window that is no whole number, or an argument out of range.
     """
 
+    SETTINGS: ClassVar[dict[str, type]] = {
+        "eps": float,
+        "momentum": float,
+        "batch_size": int,
+        "simulated_batch_size": int,
+        "warmup_iters": int,
+        "clip_start": int,
+        "clip_limit": float,
+    }
+    STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
+    # Buffer -> its key in the state dict.
+    WINDOW_KEYS: ClassVar[dict[str, str]] = {"buffer_x2": "buffer_x2", "buffer_gz": "buffer_gz"}
+    # The class of each form; `SplitMABN2d` enters itself.
+    FORMS: ClassVar[dict[bool, type["MABN2d"]]] = {}
+
+    split_batch = False
+    _version = 2
+
+    running_var: torch.Tensor
+    buffer_x2: torch.Tensor
+    buffer_gz: torch.Tensor
+    iters: torch.Tensor
+    rejected: torch.Tensor
+
+    def __new__(cls, *args: Any, split_batch: bool | None = None, **kwargs: Any) -> "MABN2d":
+        if cls is MABN2d and split_batch:
+            cls = MABN2d.FORMS[True]
+        return super().__new__(cls)
+
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.98,
-        batch_size=2,
-        simulated_batch_size=32,
-        warmup_iters=100,
-        clip_start=1000,
-        clip_limit=5.0,
-        activation=None,
-        split_batch=False,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be positive, got {num_features}")
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.98,
+        batch_size: int = 2,
+        simulated_batch_size: int = 32,
+        warmup_iters: int = 100,
+        clip_start: int = 1000,
+        clip_limit: float = 5.0,
+        activation: str | None = None,
+        *,
+        split_batch: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, device, dtype)
+        if split_batch is not None and bool(split_batch) != self.split_batch:
+            raise ValueError(
+                f"{type(self).__name__} has split_batch={self.split_batch}, got {split_batch}"
+            )
         if activation not in (None, "relu"):
             raise ValueError(f'activation must be None or "relu", got {activation!r}')
-        self.num_features = num_features
         self.activation = activation
-        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        like = {"device": device, "dtype": _statistics_dtype(self.weight.dtype)}
+        like = {"device": device, "dtype": statistics_dtype(self.weight.dtype)}
         self.register_buffer("running_var", torch.empty(num_features, **like))
         self.register_buffer("buffer_x2", torch.empty(0, num_features, **like))
         self.register_buffer("buffer_gz", torch.empty(0, num_features, **like))
         self.register_buffer("iters", torch.zeros(1, dtype=torch.int64, device=device))
         rejected = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("rejected", rejected, persistent=False)
+        self._records: deque[Sequence[torch.Tensor]] = deque(maxlen=MAX_RECORDS)
         self.configure(
             eps=eps,
             momentum=momentum,
@@ -133,45 +150,69 @@ class MABN2d(nn.Module):
             warmup_iters=warmup_iters,
             clip_start=clip_start,
             clip_limit=clip_limit,
-            split_batch=split_batch,
         )
-        self._records = deque(maxlen=MAX_RECORDS)
         self.reset_parameters()
 
-    def configure(self, **settings):
+    def configure(self, split_batch: bool | None = None, **settings: Any) -> None:
         """Set any of the constructor's arguments from eps to clip_limit, or split_batch.
 
         A window of another length or form starts empty. Nothing changes if an argument is wrong.
+
+        Args:
+            split_batch: whether the layer becomes a `SplitMABN2d`, in place, or an ordinary MABN2d
+                again. None leaves the form as it is.
+            settings: see the constructor.
+
+        Raises:
+            TypeError: for an unknown setting, or another form of a class derived from these two.
+            ValueError: for a setting out of range.
         """
-        new = {name: getattr(self, name, None) for name in _SETTINGS} | settings
-        unknown = new.keys() - set(_SETTINGS)
-        if unknown:
-            raise TypeError(f"MABN2d has no argument {sorted(unknown)[0]}")
+        other_form = split_batch is not None and bool(split_batch) != self.split_batch
+        if other_form and type(self) not in self.FORMS.values():
+            raise TypeError(f"{type(self).__name__} cannot change split_batch")
+        super().configure(**settings)
+        if other_form:
+            self.__class__ = self.FORMS[bool(split_batch)]
+            self.reset_windows()
+            self._apply_settings()
+
+    def _check_settings(self, new: dict[str, Any]) -> None:
         batch_size, simulated = new["batch_size"], new["simulated_batch_size"]
         if batch_size < 1 or simulated < 1 or simulated % batch_size:
             raise ValueError(
                 f"simulated_batch_size ({simulated}) must be a positive multiple of batch_size "
                 f"({batch_size})"
             )
-        for name, good in (
-            ("eps", 0 < new["eps"] < math.inf),
-            ("momentum", 0 <= new["momentum"] <= 1),
-            ("warmup_iters", new["warmup_iters"] >= 0),
-            ("clip_start", new["clip_start"] >= 0),
-            ("clip_limit", new["clip_limit"] >= 1),
-        ):
-            if not good:
-                raise ValueError(f"{name} is out of range: {new[name]}")
-        window = simulated // batch_size
-        other = getattr(self, "split_batch", None) != new["split_batch"]
-        for name, value in new.items():
-            setattr(self, name, value)
-        if window != len(self.buffer_x2) or other:
+        check_ranges(
+            new,
+            {
+                "eps": 0 < new["eps"] < math.inf,
+                "momentum": 0 <= new["momentum"] <= 1,
+                "warmup_iters": new["warmup_iters"] >= 0,
+                "clip_start": new["clip_start"] >= 0,
+                "clip_limit": new["clip_limit"] >= 1,
+            },
+        )
+
+    def _apply_settings(self) -> None:
+        window = self.simulated_batch_size // self.batch_size
+        if window != len(self.buffer_x2):
             self.buffer_x2 = self.buffer_x2.new_zeros(window, self.num_features)
             self.buffer_gz = self.buffer_gz.new_zeros(window, self.num_features)
             self.reset_windows()
+        # What every backend gets of the settings.
+        self._schedule = (
+            self.eps,
+            self.momentum,
+            *self._thresholds(window),
+            self.clip_limit,
+        )
 
-    def scale_schedule(self, forwards):
+    def _thresholds(self, window: int) -> tuple[int, int]:
+        """Return the last iteration that uses its own statistics, and the last with r = 1."""
+        return max(window, self.warmup_iters - 1), max(self.clip_start, self.warmup_iters)
+
+    def scale_schedule(self, forwards: int) -> None:
         """Let `warmup_iters` and `clip_start`, set in optimizer iterations, count forwards.
 
         The layer's counter counts training forwards. With gradient accumulation an iteration has
@@ -190,86 +231,57 @@ class MABN2d(nn.Module):
         )
 
     @property
-    def window(self):
+    def _group_size(self) -> int:
+        """The images in a normalization batch of the split form, or 0: all images of an input."""
+        return self.batch_size if self.split_batch else 0
+
+    @property
+    def window(self) -> int:
         """m, the number of iterations, or groups, that the windows span."""
         return len(self.buffer_x2)
 
     @property
-    def last(self):
+    def last(self) -> Statistics | None:
         """The Statistics of the newest training forward, or None; none under torch.compile."""
-        return self._records[0] if self._records else None
+        return Statistics(*self._records[0]) if self._records else None
 
-    def reset_windows(self):
+    def reset_windows(self) -> None:
         """Empty both windows and set the counter back with them; running_var stays."""
         # The windows' rows are read only once the counter says that all of them are written.
         for buffer in (self.buffer_x2, self.buffer_gz, self.iters, self.rejected):
             buffer.zero_()
 
-    def reset_running_stats(self):
+    def reset_running_stats(self) -> None:
+        """Reset windows, counter and running_var."""
         self.reset_windows()
         self.running_var.fill_(1)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
+        """Reset weight, bias and all statistics."""
         self.reset_running_stats()
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x):
-        """(N, C, H, W) -> the same shape, dtype and memory format. Any N, H, W, zero too.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x: (N, C, H, W) -> the same shape, dtype and memory format.
+
+        Args:
+            x: any N, H, W, zero too.
 
         Raises:
             ValueError: if x is not (N, num_features, H, W).
         """
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}"
-            )
+        check_input(self.num_features, x)
+        relu = self.activation is not None
         if not (self.training and self.weight.requires_grad) or x.numel() == 0:
-            y = functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps)
-            return y.relu_() if self.activation else y
-        x = torch_ops.dense(x)
-        counts = torch.is_grad_enabled()
-        repeats = not torch.compiler.is_compiling() and _in_backward() and self._records
-        operators = find(x, self.buffer_x2, split=self.split_batch)
-        if operators and not repeats:
-            return self._fused(operators, x, counts)
-        with torch.no_grad():
-            if self.split_batch:
-                x2 = functional_split.group_mean_square(x, self.batch_size)
-            else:
-                x2 = torch_ops.mean_square(x)
-            statistics = self._statistics(x2, counts)
-        if self.split_batch:
-            var = statistics.var
-            y = functional_split.normalize_groups(
-                x,
-                self.weight,
-                self.bias,
-                torch.zeros_like(var),
-                var,
-                statistics.r,
-                torch.zeros_like(var),
-                self.eps,
-                self.batch_size,
-                self.buffer_gz,
-                statistics.plain,
-            )
-            return y.relu_() if self.activation else y
-        return functional.mabn_train(
-            x,
-            self.weight,
-            self.bias,
-            statistics.var,
-            statistics.r,
-            self.eps,
-            self.buffer_gz,
-            statistics.slot,
-            statistics.plain,
-            relu=self.activation is not None,
-        )
-
-    def _fused(self, operators, x, counts):
-        y, *statistics = operators.mabn(
+            return functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps, relu)
+        x = dense(x)
+        backend = select_backend(x, self.buffer_x2, split_batch=self.split_batch)
+        if not torch.compiler.is_compiling() and self._records and _in_backward():
+            y = self._repeat(backend, x)
+            if y is not None:
+                return y
+        y, statistics = backend.mabn(
             x,
             self.weight,
             self.bias,
@@ -278,140 +290,144 @@ class MABN2d(nn.Module):
             self.running_var,
             self.iters,
             self.rejected,
-            self.eps,
-            self.momentum,
-            self.warmup_iters,
-            self.clip_start,
-            self.clip_limit,
-            counts,
-            self.activation is not None,
-            batch_size=self.batch_size if self.split_batch else 0,
+            *self._schedule,
+            torch.is_grad_enabled(),  # whether it moves the state
+            relu,
+            self._group_size,
         )
-        self._remember(Statistics(*statistics))
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            self._records.appendleft(statistics)
         return y
 
-    def _statistics(self, x2, counts):
-        """Return the Statistics of an input with mean square x2, (C,) or (G, C).
+    def _repeat(self, backend: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """Repeat a forward for activation checkpointing; return None if x is like none on record.
 
-        It is counted if `counts`.
+        The record is found on the device: the last one whose x2 is nearest. A forward without
+        gradients was not counted, such as the first one of reentrant checkpointing: it is now.
         """
-        if torch.compiler.is_compiling():  # which traces each forward once, recomputed or not
-            return self._count(x2, counts)
-        if _in_backward():
-            records = [record for record in self._records if record.x2.shape == x2.shape]
-            if records:
-                return self._repeat(x2, records)
-        statistics = self._count(x2, counts)
-        self._remember(statistics)
-        return statistics
+        with torch.no_grad():
+            x2 = mean_square(backend, x, self._group_size)
+            records = [Statistics(*record) for record in self._records]
+            records = [r for r in records if (r.x2.shape, r.x2.dtype) == (x2.shape, x2.dtype)]
+            if not records:
+                return None
+            stacked = Statistics(*map(torch.stack, zip(*records, strict=True)))
+            distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().flatten(1).sum(1)
+            nearest = distance.argmin(0, keepdim=True)
+            first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
+            new, finite = ~first.counted, functional.is_finite(x2.flatten())
+            state = self.buffer_x2, self.running_var, self.iters
+            _, _, slot, _ = torch_ops.advance(x2, finite & new, *state, *self._schedule, True)
+            self.rejected.add_(~finite & new)
+            slot = torch.where(first.counted, first.slot, slot)
+        return backend.mabn_given(
+            x,
+            self.weight,
+            self.bias,
+            self.buffer_gz,
+            first.var,
+            first.r,
+            slot,
+            first.use_batch_stats,
+            self.eps,
+            self.activation is not None,
+            self._group_size,
+        )
 
-    def _remember(self, statistics):
-        if not torch.is_inference_mode_enabled():
-            self._records.appendleft(statistics)
-
-    def _count(self, x2, counts):
-        """Return the Statistics of an input with mean square x2 that is not a repeated one."""
-        finite = functional.is_finite(x2.flatten())
-        return self._advance(x2, finite, ~finite, counts)
-
-    def _advance(self, x2, accepted, rejected, counts=True):
-        compiling = torch.compiler.is_compiling()
-        state = (self.buffer_x2, self.running_var, self.iters)
-        if self.split_batch:
-            advance = (
-                functional_split.advance_groups_op if compiling else functional_split.advance_groups
-            )
-            clip = (self.clip_limit,)
-        else:
-            advance = functional.advance_op if compiling else functional.advance
-            clip = (self.clip_start, self.clip_limit)
-        settings = (self.eps, self.momentum, self.warmup_iters, *clip)
-        chosen = advance(x2, accepted, *state, *settings, counts)
-        if counts:
-            self.rejected.add_(rejected)
-        return Statistics(x2, *chosen, torch.full_like(accepted, counts))
-
-    def _repeat(self, x2, records):
-        """Return the Statistics of the forward that is repeated; count it if it was not.
-
-        Reentrant checkpointing runs the first forward without gradients, so that one has not been
-        counted. The record is found on the device: the last one whose x2 is nearest.
-        """
-        stacked = Statistics(*map(torch.stack, zip(*records, strict=True)))
-        distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().flatten(1).sum(1)
-        nearest = distance.argmin(0, keepdim=True)
-        first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
-        new, finite = ~first.counted, functional.is_finite(x2.flatten())
-        now = self._advance(x2, finite & new, ~finite & new)
-        return first._replace(slot=torch.where(first.counted, first.slot, now.slot))
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.split_batch:
-            for name, published in _PUBLISHED.items():
-                destination[prefix + published] = destination.pop(prefix + name)
+        for name, key in self.WINDOW_KEYS.items():
+            destination[prefix + key] = destination.pop(prefix + name)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        self._migrate(state_dict, prefix)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        version = local_metadata.get("version") or 1
+        if version > self._version:
+            error_msgs.append(
+                f'"{prefix}" was written by a newer mabn_d2 (version {version} of the layer\'s state, '
+                f"this one reads up to {self._version}): upgrade mabn_d2"
+            )
+        if version < 2:
+            self._migrate_version_1(state_dict, prefix)
+        if prefix + "running_var" in state_dict:  # else the caller hears what is missing
+            self._fit_windows(state_dict, prefix)
         self._records.clear()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
-    def _migrate(self, state_dict, prefix):
-        """Bring the published layers' shapes and names to this layer's, in place."""
+    def _migrate_version_1(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Bring the shapes and names of the published layers' state to version 2, in place.
+
+        Files of this project's version 1 have those of version 2 already.
+        """
+        c = self.num_features
         for name in ("weight", "bias", "running_var"):
             value = state_dict.get(prefix + name)
-            if value is not None and tuple(value.shape) == (1, self.num_features, 1, 1):
-                state_dict[prefix + name] = value.reshape(-1)
-        if prefix + "running_var" not in state_dict:
-            return  # nothing of this layer, or not enough: the caller hears of it as usual
-        # Windows over groups and windows over iterations are different things.
-        for name in ("buffer_x2", "buffer_gz"):
-            pre = state_dict.pop(prefix + _PUBLISHED[name], None)
-            if self.split_batch:
-                state_dict.pop(prefix + name, None)
-                if pre is not None:
-                    state_dict[prefix + name] = pre
+            if value is not None and value.shape == (1, c, 1, 1):
+                state_dict[prefix + name] = value.reshape(c)
+        for name in ("buffer_x2", "buffer_gz", "pre_x2", "pre_gz"):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.shape[1:] == (1, c, 1, 1):
+                state_dict[prefix + name] = value.reshape(-1, c)
+        if prefix + "iters" in state_dict:
+            state_dict[prefix + "iters"] = state_dict[prefix + "iters"].reshape(-1)
         state_dict.pop(prefix + "sta_matrix", None)
-        own = {name: getattr(self, name) for name in ("buffer_x2", "buffer_gz", "iters")}
-        for name, value in own.items():
-            found = state_dict.get(prefix + name)
-            if found is None or found.numel() != value.numel():
-                empty = {prefix + n: torch.zeros_like(v) for n, v in own.items()}
-                if any(key in state_dict for key in empty):
-                    _logger.warning(
-                        f"{prefix}{name} does not fit a window of {self.window}: "
-                        "the windows start empty"
-                    )
-                state_dict.update(empty)
-                return
-            state_dict[prefix + name] = found.reshape(value.shape)
 
-    def _apply(self, fn, *args, **kwargs):
-        before = {name: getattr(self, name) for name in _STATISTICS}
-        super()._apply(fn, *args, **kwargs)
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.dtype != _statistics_dtype(after.dtype):  # .half(), .bfloat16()
-                setattr(self, name, buffer.to(after.device))
+    def _fit_windows(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Give the windows their names in this layer; if they do not fit, they start empty."""
+        found = {name: state_dict.pop(prefix + key, None) for name, key in self.WINDOW_KEYS.items()}
+        # Windows over groups and windows over iterations are different things.
+        for form in MABN2d.FORMS.values():
+            for key in form.WINDOW_KEYS.values():
+                state_dict.pop(prefix + key, None)
+        found["iters"] = state_dict.pop(prefix + "iters", None)
+        own = {name: getattr(self, name) for name in found}
+        misfits = [k for k, v in found.items() if v is None or v.shape != own[k].shape]
+        if misfits:
+            if any(value is not None for value in found.values()):
+                _logger.warning(
+                    f"{prefix}{misfits[0]} does not fit a window of {self.window}: "
+                    "the windows start empty"
+                )
+            found = {name: torch.zeros_like(value) for name, value in own.items()}
+        state_dict.update({prefix + name: value for name, value in found.items()})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
         self._records.clear()
         return self
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": deque(maxlen=MAX_RECORDS)}
 
-    def extra_repr(self):
-        shown = [f"{name}={getattr(self, name)}" for name in _SETTINGS if name != "split_batch"]
-        if self.split_batch:
-            shown.append("split_batch=True")
+    def __prepare_scriptable__(self) -> "MABN2d":
+        """Refuse torch.jit.script, which calls this."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: fold the norms first, "
+            "torch.jit.script(mabn_d2.fold_mabn(model.eval()))"
+        )
+
+    def extra_repr(self) -> str:
+        shown = [f"{name}={getattr(self, name)}" for name in self.SETTINGS]
         if self.activation:
             shown.append(f"activation={self.activation}")
         return ", ".join([str(self.num_features), *shown])
 
 
-def _in_backward():
-    """Within a backward: a forward there is one that activation checkpointing repeats."""
+MABN2d.FORMS[False] = MABN2d
+
+
+def _in_backward() -> bool:
+    """Return whether a backward runs: a forward there is one that activation checkpointing repeats."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _statistics_dtype(dtype):
-    return torch.promote_types(dtype, torch.float32)

@@ -1,19 +1,53 @@
-"""BatchNorm and Batch Renormalization of normalization batches smaller than the batch."""
+"""Norms of normalization batches smaller than the batch: groups of images, see functional_split.py."""
+
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from .base import check_input
 from .batch_renorm import BatchRenorm2d
-from .functional_split import group_moments, group_sizes, normalize_groups
-from .ops import torch_ops
+from .functional_split import group_sizes
+from .functional_split_bn import group_moments, normalize_groups
+from .mabn import MABN2d
+from .ops.memory_format import dense
 
 
-def _check(layer, x):
-    """Raise ValueError where `layer` can't train on x: as BatchNorm, which needs two values."""
-    if x.dim() != 4 or x.shape[1] != layer.num_features:
-        raise ValueError(
-            f"expected input of shape (N, {layer.num_features}, H, W), got {tuple(x.shape)}"
-        )
+class SplitMABN2d(MABN2d):
+    """MABN's classification form, where SGD's batch is larger than a normalization batch.
+
+    An input of N images is ceil(N / B) consecutive normalization batches of B images; the last one has
+    what is left. The windows run over these groups, across iterations: group i of an iteration uses the
+    mean of the m groups that end with it, forward and backward alike. Only the first iteration uses
+    each group's own statistics. r is 1 while t < warmup_iters, and clip_start has no effect. R starts
+    as the first iteration's mean of v, and moves by each iteration's mean of v. Each group counts the
+    same, a short one too.
+
+    Args:
+        batch_size: B.
+        simulated_batch_size: images that the window spans; m = simulated_batch_size / batch_size.
+        others: see MABN2d. `MABN2d(..., split_batch=True)` makes this class too.
+
+    State: as in MABN2d, but in the state dict the windows have the published keys `pre_x2`, `pre_gz`,
+    and their last row is the latest group.
+    """
+
+    WINDOW_KEYS: ClassVar[dict[str, str]] = {"buffer_x2": "pre_x2", "buffer_gz": "pre_gz"}
+    split_batch = True
+
+    def _thresholds(self, window: int) -> tuple[int, int]:
+        return 1, self.warmup_iters - 1
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, split_batch=True"
+
+
+MABN2d.FORMS[True] = SplitMABN2d
+
+
+def _check(layer: "SplitBatchNorm2d | SplitBatchRenorm2d", x: torch.Tensor) -> None:
+    """Raise ValueError if `layer` cannot train on x: like BatchNorm, it needs two values."""
+    check_input(layer.num_features, x)
     smallest = len(x) % layer.batch_size or layer.batch_size
     if smallest * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
@@ -34,16 +68,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     are those of `nn.BatchNorm2d`.
     """
 
-    def __init__(self, num_features, batch_size, eps=1e-5, momentum=0.1):
+    def __init__(
+        self, num_features: int, batch_size: int, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
         super().__init__(num_features, eps, momentum)
         self.batch_size = batch_size
 
-    def forward(self, x):
-        """(N, C, H, W) -> the same shape, dtype and memory format."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x: (N, C, H, W) -> the same shape, dtype and memory format."""
         if not self.training or len(x) <= self.batch_size or x.numel() == 0:
             return super().forward(x)
         _check(self, x)
-        x = torch_ops.dense(x)
+        x = dense(x)
         with torch.no_grad():
             mean, var = group_moments(x, self.batch_size)
             n = group_sizes(len(x), self.batch_size, mean) * (x.shape[2] * x.shape[3])
@@ -55,7 +91,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         affine = (self.weight, self.bias)
         return normalize_groups(x, *affine, mean, var, r, d, self.eps, self.batch_size)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, batch_size={self.batch_size}"
 
 
@@ -68,27 +104,27 @@ class SplitBatchRenorm2d(BatchRenorm2d):
             statistics move once a forward, by the mean over the groups.
     """
 
-    def __init__(self, num_features, batch_size, **settings):
+    def __init__(self, num_features: int, batch_size: int, **settings: Any) -> None:
         super().__init__(num_features, **settings)
         self.batch_size = batch_size
 
-    def forward(self, x):
-        """(N, C, H, W) -> the same shape, dtype and memory format."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x: (N, C, H, W) -> the same shape, dtype and memory format."""
         trains = self.training and self.weight.requires_grad
         if not trains or len(x) <= self.batch_size or x.numel() == 0:
             return super().forward(x)
         _check(self, x)
-        x = torch_ops.dense(x)
-        counts = torch.is_grad_enabled()
+        x = dense(x)
+        update_state = torch.is_grad_enabled()
         with torch.no_grad():
             mean, var = group_moments(x, self.batch_size)
-            r, d = self._correction(mean, var, counts)
+            r, d = self._correction(mean, var, update_state)
         affine = (self.weight, self.bias)
         return normalize_groups(x, *affine, mean, var, r, d, self.eps, self.batch_size)
 
-    def _count(self, mean, var):
+    def _update_state(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         # One group, from the base class's forward, has no dimension for groups.
-        super()._count(*(v.mean(0) if v.dim() == 2 else v for v in (mean, var)))
+        super()._update_state(*(v.mean(0) if v.dim() == 2 else v for v in (mean, var)))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, batch_size={self.batch_size}"

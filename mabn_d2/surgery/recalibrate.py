@@ -10,7 +10,9 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import MABN2d
-from ..layers.ops import torch_ops
+from ..layers.functional_split import mean_square
+from ..layers.ops.dispatch import select_backend
+from ..layers.ops.memory_format import dense
 
 _logger = logging.getLogger(__name__)
 
@@ -141,8 +143,9 @@ def _second_moment(model, layer, batches, calls):
         nonlocal seen
         x = args[0]
         if x.numel():
+            x = dense(x.detach())
             count = x.numel() // x.shape[1]
-            total[:-1] += torch_ops.mean_square(torch_ops.dense(x)).double() * count
+            total[:-1] += mean_square(select_backend(x), x).double() * count
             total[-1] += count
         seen += 1
         if seen == calls:

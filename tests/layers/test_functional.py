@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mabn_d2.layers.functional import mabn_eval, mabn_train, push, renorm
+from mabn_d2.layers.functional_split import mean_square
 from mabn_d2.layers.ops import torch_ops
+from mabn_d2.layers.ops.dispatch import select_backend
+from mabn_d2.layers.ops.memory_format import dense, dense_like
 from reference import FORMATS, LAYOUTS, TOLERANCE, assert_close
 
 pytestmark = pytest.mark.usefixtures("operators")
@@ -21,7 +24,7 @@ def vectors(channels, count, dtype=torch.float64):
     return (torch.rand(count, channels) + 0.5).to(torch.promote_types(dtype, torch.float32))
 
 
-def maps(vector):
+def broadcast(vector):
     return vector.double()[:, None, None]
 
 
@@ -32,7 +35,7 @@ def test_plain_statistics_equal_autograd(device):
     slot, plain = torch.tensor([1], device=device), torch.tensor([True], device=device)
 
     def layer(x, weight, bias, relu=False):
-        var = torch_ops.mean_square(x.detach())
+        var = mean_square(torch_ops, x.detach())
         return mabn_train(
             x, weight, bias, var, torch.ones_like(var), EPS, window, slot, plain, relu
         )
@@ -72,20 +75,20 @@ def test_renorm():
 @ANY_INPUT
 def test_passes(shape, layout, dtype):
     torch.manual_seed(0)
-    x, dy = (torch_ops.dense(LAYOUTS[layout](torch.randn(shape).to(dtype))) for _ in range(2))
-    dy = torch_ops.dense_like(dy, x)
+    x, dy = (dense(LAYOUTS[layout](torch.randn(shape).to(dtype))) for _ in range(2))
+    dy = dense_like(dy, x)
     a, b = vectors(shape[1], 2, dtype)
-    wide = a.dtype
+    wide, backend = a.dtype, select_backend(x)
     products = dy.double() * x.double()
-    assert_close(torch_ops.mean_square(x), x.double().square().mean((0, 2, 3)), wide)
-    product, total = torch_ops.product_sums(dy, x)
+    assert_close(mean_square(backend, x), x.double().square().mean((0, 2, 3)), wide)
+    product, total = backend.product_sums(dy, x)
     assert product.dtype == total.dtype == wide
     assert_close(product, products.sum((0, 2, 3)), wide, scale=products.abs().sum().item())
     assert_close(total, dy.double().sum((0, 2, 3)), wide, scale=dy.double().abs().sum().item())
-    y = torch_ops.scale_shift(x, a, b)
-    assert_close(y, maps(a) * x.double() + maps(b), dtype)
-    dx = torch_ops.combine(dy, x, a, -b)
-    wanted = maps(a) * dy.double() - maps(b) * x.double()
+    y = backend.affine(x, a, b)
+    assert_close(y, broadcast(a) * x.double() + broadcast(b), dtype)
+    dx = backend.combine(dy, x, a, -b)
+    wanted = broadcast(a) * dy.double() - broadcast(b) * x.double()
     assert_close(dx, wanted, dtype, scale=3 * max(dy.abs().max().item(), x.abs().max().item()))
     for memory_format in FORMATS:
         same = [t.is_contiguous(memory_format=memory_format) for t in (x, y, dx)]
@@ -105,8 +108,8 @@ def test_eval(shape, layout, dtype):
     y.backward(dy)
     std = (var.double() + EPS).sqrt()
     assert y.dtype == x.grad.dtype == dtype
-    assert_close(y, maps(weight / std) * x.double() + maps(bias), dtype)
-    assert_close(x.grad, maps(weight.detach() / std) * dy.double(), dtype)
+    assert_close(y, broadcast(weight / std) * x.double() + broadcast(bias), dtype)
+    assert_close(x.grad, broadcast(weight.detach() / std) * dy.double(), dtype)
     products = dy.double() * x.detach().double()
     wanted = products.sum((0, 2, 3)) / std
     assert_close(weight.grad, wanted, dtype, scale=products.abs().sum().item())

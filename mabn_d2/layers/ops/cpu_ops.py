@@ -1,17 +1,22 @@
-"""The compiled operators of `csrc`, where this installation has them (see setup.py).
+"""The compiled CPU backend: the operators of `csrc`, if this installation has them (see setup.py).
 
-They do on a CPU what torch has no single kernel for: `mabn` is a whole layer with its gradient, one
-call each way, `product_sums`, `affine` and `combine` are its passes.
+They do in one call or one pass what torch has no single kernel for. The functions have the arguments
+and results of their counterparts in `torch_ops.py`.
 """
 
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+NAME = "compiled CPU"
+DTYPES = (torch.float32, torch.bfloat16)
 
-def _load():
+
+def _load() -> Any:
     spec = importlib.util.find_spec("mabn_d2.layers.ops._native")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return None
     try:
         torch.ops.load_library(spec.origin)
@@ -22,15 +27,55 @@ def _load():
     return torch.ops.mabn_d2_cpu
 
 
-DTYPES = (torch.float32, torch.bfloat16)
-OPERATORS = _load()  # None where there are none
+OPERATORS = _load()  # None if they are not installed
 
 
-def takes(*tensors):
-    """Return whether the operators take activations like these, dense and not empty."""
-    if OPERATORS is None:
-        return False
-    for x in tensors:  # not all(...): this is part of each forward
-        if x.device.type != "cpu" or x.dtype not in DTYPES:
-            return False
-    return True
+def unavailable() -> str | None:
+    """Return why this installation cannot use the backend, or None if it can."""
+    return "the compiled operators are not installed" if OPERATORS is None else None
+
+
+def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> str | None:
+    """Return why the backend cannot take activations and windows like these, or None if it can.
+
+    Args:
+        tensors: the activation first, dense and not empty.
+        split_batch: whether `mabn` is wanted with a batch_size.
+    """
+    for x in tensors:  # not any(...): this is part of each forward
+        if x.device.type != "cpu":
+            return f"a tensor is on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"they have no {x.dtype}".replace("torch.", "")
+    return None
+
+
+def mabn(*arguments: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """See `torch_ops.mabn`."""
+    y, *statistics = OPERATORS.mabn(*arguments)
+    return y, statistics
+
+
+def mabn_given(*arguments: Any) -> torch.Tensor:
+    """See `torch_ops.mabn_given`."""
+    return OPERATORS.mabn_given(*arguments)
+
+
+def affine(*arguments: Any) -> torch.Tensor:
+    """See `torch_passes.affine`."""
+    return OPERATORS.affine(*arguments)
+
+
+def combine(*arguments: Any) -> torch.Tensor:
+    """See `torch_passes.combine`."""
+    return OPERATORS.combine(*arguments)
+
+
+def product_sums(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `torch_passes.product_sums`."""
+    return OPERATORS.product_sums(*arguments)
+
+
+def square_sums(x: torch.Tensor, per_image: bool = False) -> torch.Tensor:
+    """See `torch_passes.square_sums`."""
+    return OPERATORS.product_sums(x, x, per_image)[0]

@@ -1,38 +1,65 @@
-"""Which operators take an activation: compiled ones on a CPU, Triton's on a GPU, or torch's own.
+"""The one door to the kernels: which backend runs a tensor.
 
-`cpu_ops.py` and `triton_ops.py` have the same: `product_sums`, `affine`, `combine`, and all of a layer,
-with its gradient, in `mabn`. Torch's own kernels, in `torch_ops.py` and `functional.py`, do the
-same in more passes and launches: they are what the others are tested against, and serve wherever
-`find` returns None. MABN_D2_TRITON=0 in the environment leaves a GPU to them.
+A backend is a module: `cpu_ops` (compiled), `triton_ops` or `torch_ops`. Each has the same functions:
+`mabn` and `mabn_given`, which run a whole layer with its gradient, and the passes `affine`,
+`combine`, `product_sums` and `square_sums`. `torch_ops.py` documents them.
 
-`mabn(x, weight, bias, psi_window, window, running_var, iters, rejected, eps, momentum, warmup_iters,
-clip_start, clip_limit, counts, relu, batch_size=0)` returns y and the fields of `Statistics` (mabn.py): it is
-`advance` and `mabn_train` of functional.py, of the state and settings of MABN2d; with the batch_size of
-the split form, which the compiled ones alone have, their counterparts of split.py.
+If MABN_D2_TRITON=0 is in the environment, a GPU uses torch's kernels.
 """
 
+import logging
 import os
+from types import ModuleType
 
 import torch
 
-from . import cpu_ops
+from . import cpu_ops, torch_ops
 
 USE_TRITON = os.environ.get("MABN_D2_TRITON", "1") != "0"
 
+_logger = logging.getLogger(__name__)
+_logged: set[tuple[torch.device, str | None]] = set()
 
-def find(x, *others, split=False):
-    """Return the operators for an activation x and tensors like `others`, or None: torch's own.
+
+def select_backend(x: torch.Tensor, *others: torch.Tensor, split_batch: bool = False) -> ModuleType:
+    """Return the backend that runs an activation; log the choice once per device and reason.
 
     Args:
-        split: whether `mabn` of the split form is wanted, which Triton's have not.
+        x: (N, C, H, W), dense and not empty.
+        others: tensors of the state, which the backend must take too.
+        split_batch: whether `mabn` is wanted with a batch_size.
     """
     if torch.compiler.is_compiling():
-        return None  # the compiler fuses what torch's own do
-    if cpu_ops.takes(x, *others):
-        return cpu_ops.OPERATORS
-    if x.is_cuda and USE_TRITON and not split:
-        from . import triton_ops  # imports Triton, which a CPU has no use for
+        return torch_ops  # the compiler fuses torch's own kernels
+    fastest, reason = _fastest(x.device.type)
+    if fastest is not None and reason is None:
+        reason = fastest.unavailable() or fastest.unsupported(x, *others, split_batch=split_batch)
+    backend = torch_ops if fastest is None or reason is not None else fastest
+    key = (x.device, reason)
+    if key not in _logged:
+        _logged.add(key)
+        _log(x.device, backend, fastest, reason)
+    return backend
 
-        if triton_ops.takes(x, *others):
-            return triton_ops
-    return None
+
+def _fastest(device_type: str) -> tuple[ModuleType | None, str | None]:
+    """Return the backend made for such devices, if there is one, and why it must not be used."""
+    if device_type == "cpu":
+        return cpu_ops, None
+    if device_type == "cuda":
+        if not USE_TRITON:
+            return None, "MABN_D2_TRITON=0"
+        from . import triton_ops  # imports Triton, which a CPU does not need
+
+        return triton_ops, None
+    return None, None
+
+
+def _log(
+    device: torch.device, backend: ModuleType, fastest: ModuleType | None, reason: str | None
+) -> None:
+    because = "" if reason is None else f", because {reason} (see docs/speed.md)"
+    # A faster backend that only has to be installed is worth a warning.
+    missing = fastest is not None and fastest.unavailable() is not None
+    level = logging.WARNING if missing else logging.INFO
+    _logger.log(level, f"MABN on {device}: {backend.NAME} kernels{because}")

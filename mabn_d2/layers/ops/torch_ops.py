@@ -1,108 +1,142 @@
-"""The passes over whole activations: two reductions and two per-channel combinations.
+"""The torch backend: MABN in torch's own kernels, on every device and in every floating dtype.
 
-What `dispatch.find` finds does them: compiled operators on a CPU, Triton's on a GPU. Elsewhere most
-are torch's own batch-norm kernels in their evaluation form, with a mean of zero and a variance of one:
-exactly one pass, vectorized, threaded and aware of memory format on every device. What looks more
-natural (`x.square().mean`, `torch.var_mean`, `batch_norm_update_stats`) measured 1.5 to 10 times slower
-on CPU. There, in float32, some combinations are still faster by `mul` and `addcmul`; in half precision
-those would round the vectors.
-
-Activations are (N, C, H, W) with at least one element, per-channel vectors (C,), in float32 where
-activations are float16, bfloat16 or float32, and in float64 where they are float64.
+It takes more passes and launches than the compiled backends. They are tested against it, and it
+serves wherever they cannot.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .dispatch import find
+from .. import functional, functional_split
+from . import torch_passes
+from .torch_passes import affine, combine, product_sums, square_sums
+
+__all__ = [
+    "NAME",
+    "advance",
+    "affine",
+    "combine",
+    "mabn",
+    "mabn_given",
+    "product_sums",
+    "square_sums",
+    "unavailable",
+    "unsupported",
+]
+
+NAME = "torch"
 
 
-def dense(x):
-    """Return x, or a copy that is contiguous in the memory format nearest to x's own."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    strides = x.stride()
-    channels_last = strides[1] == 1 and strides[3] <= strides[2] <= strides[0]
-    return x.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+def unavailable() -> None:
+    """Return None: this backend is always there."""
+
+
+def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> None:
+    """Return None: this backend takes every tensor, and has the split form."""
+
+
+def mabn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    psi_window: torch.Tensor,
+    window: torch.Tensor,
+    running_var: torch.Tensor,
+    iters: torch.Tensor,
+    rejected: torch.Tensor,
+    eps: float,
+    momentum: float,
+    batch_stats_iters: int,
+    no_renorm_iters: int,
+    clip_limit: float,
+    update_state: bool,
+    relu: bool,
+    batch_size: int = 0,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Run a whole layer in training; the result has a gradient, once differentiable.
+
+    Args:
+        x: (N, C, H, W), dense and not empty.
+        weight, bias: (C,), any floating dtype.
+        psi_window: (m, C), which the backward moves.
+        window, running_var, iters, rejected: the rest of the state: (m, C), (C,), (1,), (1,).
+        eps, momentum, clip_limit: see MABN2d.
+        batch_stats_iters: up to this iteration statistics are those of the batch itself.
+        no_renorm_iters: up to this iteration r is 1.
+        update_state: whether this forward moves the state.
+        relu: whether y is behind a ReLU.
+        batch_size: images in a normalization batch of the split form, or 0: all of x.
+
+    Returns:
+        y, like x, and the six fields of `Statistics` (mabn.py) as anything that unpacks to them.
+    """
+    with torch.no_grad():
+        x2 = functional_split.mean_square(torch_passes, x, batch_size)
+        finite = functional.is_finite(x2.flatten())
+        var, r, slot, use_batch_stats = advance(
+            x2,
+            finite,
+            window,
+            running_var,
+            iters,
+            eps,
+            momentum,
+            batch_stats_iters,
+            no_renorm_iters,
+            clip_limit,
+            update_state,
+        )
+        if update_state:
+            rejected.add_(~finite)
+        counted = torch.full_like(finite, update_state)
+    y = mabn_given(
+        x, weight, bias, psi_window, var, r, slot, use_batch_stats, eps, relu, batch_size
+    )
+    return y, (x2, var, r, slot, use_batch_stats, counted)
+
+
+def mabn_given(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    psi_window: torch.Tensor,
+    var: torch.Tensor,
+    r: torch.Tensor,
+    slot: torch.Tensor,
+    use_batch_stats: torch.Tensor,
+    eps: float,
+    relu: bool,
+    batch_size: int = 0,
+) -> torch.Tensor:
+    """Return `mabn`'s y for statistics that are given; it moves no state but psi_window.
+
+    Activation checkpointing repeats a forward this way. So it saves the same tensors for the backward
+    as `mabn` does: same number, order, shapes and dtypes.
+
+    Args:
+        var, r, slot, use_batch_stats: the fields of `Statistics`.
+        x, weight, bias, psi_window, eps, relu, batch_size: see `mabn`.
+    """
+    if batch_size:
+        return functional_split.mabn_groups(
+            x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, batch_size, relu
+        )
+    return functional.mabn_train(
+        x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, relu
     )
 
 
-def dense_like(dy, x):
-    """Return dy in the memory format of x, which is dense."""
-    if x.is_contiguous():
-        return dy.contiguous()
-    return dy.contiguous(memory_format=torch.channels_last)
-
-
-def mean_square(x):
-    """Return mean(x^2) over N, H, W."""
-    return product_sums(x, x)[0].div_(x.numel() // x.shape[1])
-
-
-def product_sums(dy, x):
-    """Return sum(dy * x) and sum(dy) over N, H, W."""
-    if operators := find(x):
-        return operators.product_sums(dy, x)
-    # They are the gradients of weight and bias in x * weight + bias.
-    mean, var = _standard(x)
-    return torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, mean, var, None, None, False, 0.0, [False, True, True]
-    )[1:]
-
-
-def scale_shift(x, scale, shift=None):
-    """Return scale * x + shift in the dtype and memory format of x."""
-    if shift is not None and (operators := find(x)):
-        return operators.affine(x, scale, shift)
-    if shift is not None and _is_full_precision_on_cpu(x) and not x.is_contiguous():
-        return torch.addcmul(maps(shift), x, maps(scale))  # twice as fast in channels_last
-    mean, var = _standard(x)
-    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]
-
-
-def combine(dy, x, scale_dy, scale_x):
-    """Return scale_dy * dy + scale_x * x in the dtype and memory format of x."""
-    if operators := find(x):
-        return operators.combine(dy, x, scale_dy, scale_x)
-    out = x * maps(scale_x) if _is_full_precision_on_cpu(x) else scale_shift(x, scale_x)
-    # In half precision scale_dy is rounded, for it is the one that can't overflow.
-    return out.addcmul_(dy, maps(scale_dy.to(x.dtype)))
-
-
-def scale_shift_relu(x, scale, shift):
-    """Return relu(scale * x + shift) in the dtype and memory format of x."""
-    if operators := find(x):
-        return operators.affine(x, scale, shift, True)
-    return scale_shift(x, scale, shift).relu_()
-
-
-def relu_sums(dy, x, scale, shift):
-    """Return `product_sums` of dy behind relu(scale * x + shift), and dy for `relu_combine`."""
-    if operators := find(x):
-        return *operators.product_sums(dy, x, False, scale, shift), dy
-    # The sign is computed again: cheaper than keeping y when nothing else does.
-    dy = torch.ops.aten.threshold_backward(dy, scale_shift(x, scale, shift), 0)
-    return *product_sums(dy, x), dy
-
-
-def relu_combine(dy, x, scale_dy, scale_x, shift):
-    """Return `combine` of the dy that `relu_sums`, of scale_dy and shift, returned."""
-    if operators := find(x):
-        return operators.combine(dy, x, scale_dy, scale_x, None, shift)
-    return combine(dy, x, scale_dy, scale_x)
-
-
-def maps(vector):
-    """Return a (C,) vector, or (N, C) of them, as it broadcasts over (N, C, H, W)."""
-    return vector[..., None, None]
-
-
-def _is_full_precision_on_cpu(x):
-    return x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
-
-
-def _standard(x):
-    """Return the mean (zeros) and variance (ones) that leave x as it is."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    like = {"dtype": dtype, "device": x.device}
-    return torch.zeros(x.shape[1], **like), torch.ones(x.shape[1], **like)
+def advance(
+    x2: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Call `functional.advance` for x2 (C,), `functional_split.advance_groups` for x2 (G, C)."""
+    compiling = torch.compiler.is_compiling()
+    if x2.dim() == 1:
+        function = functional.advance_op if compiling else functional.advance
+    else:
+        function = (
+            functional_split.advance_groups_op if compiling else functional_split.advance_groups
+        )
+    return function(x2, *arguments)

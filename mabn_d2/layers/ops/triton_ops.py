@@ -20,11 +20,14 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .torch_ops import dense_like
+from .memory_format import dense_like
 
+NAME = "Triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A program of 4 warps has 16 elements a thread: two vectors of 16 bytes in half precision, four in
@@ -43,19 +46,23 @@ WIDE = 2**30
 
 
 @functools.cache
-def available():
-    """Return whether Triton can be used: itself, and a C compiler and Python.h, which it needs."""
+def unavailable() -> str | None:
+    """Return why this installation cannot use Triton, or None if it can.
+
+    Triton needs a C compiler and Python.h, beside itself.
+    """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return (
-        torch.version.cuda is not None
-        and importlib.util.find_spec("triton") is not None
-        and compiler is not None
-        and os.path.exists(header)
-    )
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if compiler is None:
+        return "Triton needs a C compiler"
+    return None if os.path.exists(header) else "Triton needs Python.h, the headers of Python"
 
 
-if available():
+if unavailable() is None:
     import triton
     import triton.language as tl
 
@@ -67,16 +74,26 @@ else:
         return kernel if kernel else lambda kernel: kernel
 
 
-def takes(*tensors):
-    """Return whether the operators take activations, vectors and windows like these."""
-    return (
-        available()
-        and all(
-            x.is_cuda and x.dtype in DTYPES and x.device == tensors[0].device and _is_dense(x)
-            for x in tensors
-        )
-        and _is_recent(tensors[0].device)
-    )
+def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> str | None:
+    """Return why the backend cannot take activations, vectors and windows like these, or None.
+
+    Args:
+        tensors: the activation first, dense and not empty.
+        split_batch: whether `mabn` is wanted with a batch_size.
+    """
+    device = tensors[0].device
+    if split_batch:
+        return "Triton has no kernels for the split form"
+    for x in tensors:
+        if not x.is_cuda or x.device != device:
+            return f"a tensor is on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"the Triton kernels have no {x.dtype}".replace("torch.", "")
+        if not _is_dense(x):
+            return "a tensor is neither contiguous nor channels-last"
+    if not _is_recent(device):
+        return "the Triton kernels need compute capability 8.0"
+    return None
 
 
 def _is_dense(x):
@@ -335,7 +352,7 @@ def _all_finite(vector):
     return tl.min((tl.abs(vector) < float("inf")).to(tl.int32), axis=0)
 
 
-@jit(do_not_specialize=["rows", "m", "last_plain", "last_unclipped"])
+@jit(do_not_specialize=["rows", "m", "batch_stats_iters", "no_renorm_iters"])
 def _finish_forward(
     partial,
     weight,
@@ -351,18 +368,18 @@ def _finish_forward(
     m,
     count,
     eps,
-    moves,
-    last_plain,
-    last_unclipped,
+    new_share,
+    batch_stats_iters,
+    no_renorm_iters,
     low,
     high,
-    COUNTS: tl.constexpr,
+    UPDATE_STATE: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
     """`functional.advance` and what its result scales by, from partial sums of squares (rows, C).
 
-    vectors (6, C) <- x2, var, r, var + eps, r_std, scale; slots (1,) <- slot; flags (2,) <- plain,
+    vectors (6, C) <- x2, var, r, var + eps, r_std, scale; slots (1,) <- slot; flags (2,) <- use_batch_stats,
     counted.
     """
     t = tl.load(iters) + 1
@@ -376,7 +393,7 @@ def _finish_forward(
         finite = tl.minimum(finite, _all_finite(x2))
     accepted = finite != 0
     slot = t % m
-    plain = t <= last_plain
+    use_batch_stats = t <= batch_stats_iters
     skip = tl.where(accepted, slot, -1)
     tl.debug_barrier()
     for start in range(0, C, TILE_C):
@@ -387,10 +404,10 @@ def _finish_forward(
         w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
         others = _sum_rows(window, channel, inside, m, C, skip, TILE_C, TILE_ROWS)
         mean = (others + tl.where(accepted, x2, 0.0)) / m
-        var = tl.where(plain, x2, mean)
+        var = tl.where(use_batch_stats, x2, mean)
         r = tl.sqrt((var + eps) / (before + eps))
         r = tl.where(r < low, low, tl.where(r > high, high, r))  # NaN passes, as through clamp
-        r = tl.where(t <= last_unclipped, 1.0, r)
+        r = tl.where(t <= no_renorm_iters, 1.0, r)
         r_std = r * tl.rsqrt(var + eps)
         tl.debug_barrier()
         tl.store(vectors + C + channel, var, mask=inside)
@@ -398,14 +415,14 @@ def _finish_forward(
         tl.store(vectors + 3 * C + channel, var + eps, mask=inside)
         tl.store(vectors + 4 * C + channel, r_std, mask=inside)
         tl.store(vectors + 5 * C + channel, r_std * w, mask=inside)
-        if COUNTS:
+        if UPDATE_STATE:
             enters = inside & accepted
             tl.store(window + slot * C + channel, x2, mask=enters)
-            tl.store(running_var + channel, before + moves * (var - before), mask=enters)
+            tl.store(running_var + channel, before + new_share * (var - before), mask=enters)
     tl.store(slots, slot)
-    tl.store(flags, plain)
-    tl.store(flags + 1, COUNTS)
-    if COUNTS:
+    tl.store(flags, use_batch_stats)
+    tl.store(flags + 1, UPDATE_STATE)
+    if UPDATE_STATE:
         tl.store(iters, tl.where(accepted, t, t - 1))
         tl.store(rejected, tl.where(accepted, refused, refused + 1))
 
@@ -432,7 +449,7 @@ def _finish_backward(
     vectors (3, C) <- the factor of x in dx, dweight, dbias.
     """
     slot = tl.load(slots)
-    plain = tl.load(flags)
+    use_batch_stats = tl.load(flags)
     finite = 1
     for start in range(0, C, TILE_C):
         channel = start + tl.arange(0, TILE_C)
@@ -454,7 +471,7 @@ def _finish_backward(
         psi = tl.load(vectors + channel, mask=inside, other=0.0)
         others = _sum_rows(window, channel, inside, m, C, skip, TILE_C, TILE_ROWS)
         mean = (others + tl.where(accepted, psi, 0.0)) / m
-        chosen = tl.where(plain, psi, mean)
+        chosen = tl.where(use_batch_stats, psi, mean)
         factor = -chosen / tl.load(var + channel, mask=inside, other=1.0)
         tl.debug_barrier()
         tl.store(vectors + channel, factor, mask=inside)
@@ -616,6 +633,14 @@ def product_sums(dy, x, per_image=False, relu_scale=None, relu_shift=None):
     return partial.sum(-2).unbind()
 
 
+def square_sums(x, per_image=False):
+    """Return sum(x^2) over H, W, and over N unless per_image: (C,) or (N, C)."""
+    partial = _partial_sums(None, x, per_image)[0]
+    if per_image:
+        return partial.view(x.shape[0], -1, x.shape[1]).sum(1)
+    return partial.sum(0)
+
+
 def _finish(channels):
     """Return the constants of the kernels that finish."""
     tile_c = min(max(_power_of_two(channels), 32), FINISH_CHANNELS)
@@ -632,21 +657,21 @@ def normalize(
     rejected,
     eps,
     momentum,
-    warmup_iters,
-    clip_start,
+    batch_stats_iters,
+    no_renorm_iters,
     clip_limit,
-    counts,
+    update_state,
     relu,
 ):
-    """The forward of a layer; if `counts` it moves the state, in place.
+    """The forward of a layer; if `update_state`, it moves the state, in place.
 
     Args:
         weight, bias: (C,).
         window, running_var, iters, rejected: the layer's state, (m, C), (C,), (1,), (1,).
-        eps to counts: see `functional.advance`.
+        eps to relu: see `torch_ops.mabn`.
 
     Returns:
-        y, like x; the fields of `Statistics`: x2, var, r, slot, plain, counted; and what
+        y, like x; the fields of `Statistics`: x2, var, r, slot, use_batch_stats, counted; and what
         `normalize_backward` takes: var + eps, r_std and scale, (C,) each.
     """
     c, m = x.shape[1], window.shape[0]
@@ -673,20 +698,31 @@ def normalize(
         float(x.numel() // c),
         eps,
         1 - momentum,
-        max(m, warmup_iters - 1),
-        max(clip_start, warmup_iters),
+        batch_stats_iters,
+        no_renorm_iters,
         1 / clip_limit,
         clip_limit,
-        COUNTS=counts,
+        UPDATE_STATE=update_state,
         **_finish(c),
     )
     x2, var, r, shifted, r_std, scale = vectors.unbind()
-    plain, counted = flags.unbind()
-    return affine(x, scale, bias, relu), x2, var, r, slot, plain, counted, shifted, r_std, scale
+    use_batch_stats, counted = flags.unbind()
+    return (
+        affine(x, scale, bias, relu),
+        x2,
+        var,
+        r,
+        slot,
+        use_batch_stats,
+        counted,
+        shifted,
+        r_std,
+        scale,
+    )
 
 
 def normalize_backward(
-    dy, x, scale, relu_shift, var, r_std, psi_window, slot, plain, needs_dx=True
+    dy, x, scale, relu_shift, var, r_std, psi_window, slot, use_batch_stats, needs_dx=True
 ):
     """The backward of a layer; psi enters the window unless it is not finite.
 
@@ -694,7 +730,7 @@ def normalize_backward(
         dy: like x.
         scale, var, r_std: of the forward, var with eps.
         relu_shift: (C,) the bias if there is a ReLU, else None.
-        psi_window, slot, plain: (m, C), and the forward's (1,) int64 and (1,) bool.
+        psi_window, slot, use_batch_stats: (m, C), and the forward's (1,) int64 and (1,) bool.
 
     Returns:
         dx, None unless needs_dx; dweight and dbias (C,), float32.
@@ -713,7 +749,7 @@ def normalize_backward(
         r_std,
         psi_window,
         slot,
-        plain,
+        use_batch_stats,
         vectors,
         partial.shape[1],
         c,
@@ -727,25 +763,33 @@ def normalize_backward(
 
 
 class _MABN(torch.autograd.Function):
+    """A layer: `normalize`, or in its place what `given` makes of statistics that are given."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, psi_window, *arguments):
+    def forward(ctx, x, weight, bias, psi_window, given, *arguments):
         ctx.dtypes = weight.dtype, bias.dtype
+        ctx.count = 5 + len(arguments)
         weight, bias = weight.float(), bias.float()
-        y, *statistics, var, r_std, scale = normalize(x, weight, bias, *arguments)
-        slot, plain = statistics[3:5]
+        run = _normalize_given if given else normalize
+        y, *statistics, var, r_std, scale = run(x, weight, bias, *arguments)
+        slot, use_batch_stats = statistics[3:5]
         relu = arguments[-1]
-        # The same as `_MABN` in functional.py saves: activation checkpointing compares.
-        ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, plain)
-        # Written to in the backward, which the checks of save_for_backward forbid.
+        # Every backend saves these, in this order: see `torch_ops.mabn_given`.
+        ctx.save_for_backward(x, scale, bias if relu else None, var, r_std, slot, use_batch_stats)
+        # The backward writes to it, which the checks of save_for_backward forbid.
         ctx.psi_window = psi_window
-        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
+        if given:
+            return y
+        ctx.mark_non_differentiable(*statistics)
         return y, *statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
-        x, scale, shift, var, r_std, slot, plain = ctx.saved_tensors
+        if dy is None:
+            return (None,) * ctx.count
+        x, scale, shift, var, r_std, slot, use_batch_stats = ctx.saved_tensors
         dx, dweight, dbias = normalize_backward(
             dense_like(dy, x),
             x,
@@ -755,24 +799,44 @@ class _MABN(torch.autograd.Function):
             r_std,
             ctx.psi_window,
             slot,
-            plain,
+            use_batch_stats,
             ctx.needs_input_grad[0],
         )
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * 12
+        return dx, dweight.to(weight_dtype), dbias.to(bias_dtype), *(None,) * (ctx.count - 3)
 
 
-def mabn(x, weight, bias, psi_window, *arguments, batch_size=0):
-    """Return y and the fields of `Statistics`: `normalize` with its gradient, once differentiable.
+def _normalize_given(x, weight, bias, var, r, slot, use_batch_stats, eps, relu):
+    """Return what `normalize` does, for statistics that are given."""
+    shifted = var + eps
+    r_std = r * shifted.rsqrt()
+    scale = r_std * weight
+    y = affine(x, scale, bias, relu)
+    return y, None, var, r, slot, use_batch_stats, None, shifted, r_std, scale
 
-    Args:
-        weight, bias: (C,), any floating dtype.
-        psi_window: (m, C), moved by the backward.
-        arguments: those of `normalize` from window to relu, all of them.
-        batch_size: 0; there is no split form here.
-    Raises:
-        ValueError: for another batch_size.
-    """
+
+def mabn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    psi_window: torch.Tensor,
+    window: torch.Tensor,
+    *arguments: Any,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """See `torch_ops.mabn`; batch_size, the last of the arguments, is 0."""
+    *arguments, batch_size = arguments
     if batch_size:
-        raise ValueError("the split form has no operator that does a whole layer on a GPU")
-    return _MABN.apply(x, weight, bias, psi_window, *arguments)
+        raise ValueError("the split form has no Triton kernels")
+    y, *statistics = _MABN.apply(x, weight, bias, psi_window, False, window, *arguments)
+    return y, statistics
+
+
+def mabn_given(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    psi_window: torch.Tensor,
+    *arguments: Any,
+) -> torch.Tensor:
+    """See `torch_ops.mabn_given`; batch_size, the last of the arguments, is 0."""
+    return _MABN.apply(x, weight, bias, psi_window, True, *arguments[:-1])

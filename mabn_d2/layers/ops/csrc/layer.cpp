@@ -1,5 +1,5 @@
-// MABN as one operator, torch.ops.mabn_d2_cpu.mabn, with its gradient: functional.py's `advance` and
-// `mabn_train`, or split.py's counterparts.
+// MABN as one operator with its gradient, torch.ops.mabn_d2_cpu.mabn, and `mabn_given`, which takes the
+// statistics as they are. torch_ops.py documents both.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -144,13 +144,13 @@ struct State {
 
 struct Settings {
   double eps, momentum;
-  int64_t warmup_iters, clip_start;
+  int64_t batch_stats_iters, no_renorm_iters;
   double clip_limit;
 };
 
 struct Normalized {
   Tensor y;
-  Tensor x2, var, r, slot, plain, counts;  // what it was normalized by: mabn.py's Statistics
+  Tensor x2, var, r, slot, use_batch_stats, counted;  // mabn.py's Statistics
   Tensor shifted, r_std, scale;            // var + eps, r / sqrt(var + eps), weight times that
 };
 
@@ -160,7 +160,8 @@ struct Normalized {
 // after it was summed, while it is in the cache: one pass over memory in place of two. Whether the input
 // is accepted is known after the last channel; if it is not, all are mapped once more.
 Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, const State& state,
-                     const Settings& settings, bool counts, bool relu, int64_t batch_size) {
+                     const Settings& settings, bool update_state, bool relu,
+                     int64_t batch_size) {
   const Tensor &running_var = state.running_var, &iters = state.iters, &rejected = state.rejected;
   const Layout layout(x);
   const Groups groups(layout, batch_size);
@@ -173,10 +174,9 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 
   const int64_t t = *iters.data_ptr<int64_t>() + 1;
   Window window(state.window, channels, t % length);
-  const bool plain = split ? t == 1 : t <= std::max(length, settings.warmup_iters - 1);
-  const bool clips = split ? t >= settings.warmup_iters
-                           : t > std::max(settings.clip_start, settings.warmup_iters);
-  const float eps = float(settings.eps), moves = float(1 - settings.momentum);
+  const bool use_batch_stats = t <= settings.batch_stats_iters;
+  const bool renorms = t > settings.no_renorm_iters;
+  const float eps = float(settings.eps), new_share = float(1 - settings.momentum);
   const float limit = float(settings.clip_limit);
 
   const auto vectors = [&] {
@@ -191,7 +191,7 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 
   // For channels from begin to end.
   const auto choose = [&](int64_t begin, int64_t end, bool accepted) {
-    if (plain) {
+    if (use_batch_stats) {
       for (int64_t k = 0; k < size; k += channels) {
         std::copy(x2 + k + begin, x2 + k + end, var + k + begin);
       }
@@ -201,17 +201,17 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
       window.mean(begin, end, x2, accepted, var);
     }
     // The running variance starts as the first mean in the split form.
-    const bool starts = split && plain;
+    const bool starts = split && use_batch_stats;
     std::fill(next + begin, next + end, 0);
     for (int64_t k = 0; k < size; k += channels) {
       for (int64_t c = begin; c < end; ++c) next[c] += var[k + c];
     }
     divide(next, float(groups.count), begin, end);
     for (int64_t c = begin; c < end && !starts; ++c) {
-      next[c] = running[c] + moves * (next[c] - running[c]);
+      next[c] = running[c] + new_share * (next[c] - running[c]);
     }
     for (int64_t k = 0; k < size; k += channels) {
-      choose_factors(var + k, starts ? next : running, w, eps, clips, limit, shifted + k, r + k,
+      choose_factors(var + k, starts ? next : running, w, eps, renorms, limit, shifted + k, r + k,
                      r_std + k, scale + k, begin, end);
     }
   };
@@ -255,20 +255,31 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
     y = affine_of_groups(x, scale_, bias, relu, groups.size);
   }
 
-  if (counts) {
+  if (update_state) {
     if (accepted) {
-      split ? window.push_groups(x2, groups.count, plain) : window.push(x2);
+      split ? window.push_groups(x2, groups.count, use_batch_stats) : window.push(x2);
       running_var.copy_(next_);
     }
     *(accepted ? iters : rejected).data_ptr<int64_t>() += 1;
   }
   const Tensor slot = at::empty_like(iters);
   const auto flag = [&] { return at::empty({1}, x.options().dtype(at::kBool)); };
-  const Tensor plain_ = flag(), counts_ = flag();
+  const Tensor use_batch_stats_ = flag(), counted = flag();
   *slot.data_ptr<int64_t>() = window.slot;
-  *plain_.data_ptr<bool>() = plain;
-  *counts_.data_ptr<bool>() = counts;
-  return {y, x2_, var_, r_, slot, plain_, counts_, shifted_, r_std_, scale_};
+  *use_batch_stats_.data_ptr<bool>() = use_batch_stats;
+  *counted.data_ptr<bool>() = update_state;
+  return {y, x2_, var_, r_, slot, use_batch_stats_, counted, shifted_, r_std_, scale_};
+}
+
+// The forward of statistics that are given: activation checkpointing repeats one so.
+Normalized normalize_given(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                           const Tensor& var, const Tensor& r, const Tensor& slot,
+                           const Tensor& use_batch_stats, double eps, bool relu,
+                           int64_t batch_size) {
+  const Groups groups(Layout(x), batch_size);
+  const Tensor shifted = var.add(eps), r_std = r.div(shifted.sqrt()), scale = r_std.mul(weight);
+  const Tensor y = affine_of_groups(x, scale, bias, relu, groups.size);
+  return {y, {}, var, r, slot, use_batch_stats, {}, shifted, r_std, scale};
 }
 
 // The whole backward: dx, or an undefined tensor, dweight and dbias. A block of channels at a time, as in
@@ -276,7 +287,7 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     const Tensor& dy, const Tensor& x, const Tensor& scale_, const OptionalTensor& relu_shift,
     const Tensor& var_, const Tensor& r_std_, const Tensor& psi_window, const Tensor& slot,
-    const Tensor& plain_, bool needs_dx, int64_t batch_size) {
+    const Tensor& use_batch_stats_, bool needs_dx, int64_t batch_size) {
   const Layout layout(x);
   check_like(dy, x);
   const Groups groups(layout, batch_size);
@@ -285,9 +296,9 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
   for (const Tensor& vector : {scale_, var_, r_std_}) check_vector(vector, size);
   if (relu_shift) check_vector(*relu_shift, channels);
   check_flag(slot, at::kLong);
-  check_flag(plain_, at::kBool);
+  check_flag(use_batch_stats_, at::kBool);
   Window window(psi_window, channels, *slot.data_ptr<int64_t>());
-  const bool plain = *plain_.data_ptr<bool>();
+  const bool use_batch_stats = *use_batch_stats_.data_ptr<bool>();
 
   Tensor products_ = at::empty_like(scale_), totals_ = at::empty_like(scale_), dx;
   const Tensor psi_ = at::empty_like(scale_), factor_ = at::empty_like(scale_),
@@ -306,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
       add_gradients(products + k, totals + k, scale + k, r_std + k,
                     float(groups.length(g) * layout.pixels), psi + k, dweight, dbias, begin, end);
     }
-    if (plain) {
+    if (use_batch_stats) {
       for (int64_t k = 0; k < size; k += channels) {
         std::copy(psi + k + begin, psi + k + end, factor + k + begin);
       }
@@ -352,21 +363,33 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
   if (needs_dx && (!by_blocks || again)) {
     dx = combine_of_groups(dy, x, scale_, factor_, std::nullopt, relu_shift, groups.size);
   }
-  if (accepted) split ? window.push_groups(psi, groups.count, plain) : window.push(psi);
+  if (accepted) split ? window.push_groups(psi, groups.count, use_batch_stats) : window.push(psi);
   return {dx, dweight_, dbias_};
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// As vectors have to be for the loops over them.
+Tensor as_vector(const Tensor& vector) { return vector.to(at::kFloat).contiguous(); }
+
 // Where no gradient is wanted of anything.
 Outputs mabn_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor&,
                      Tensor window, Tensor running_var, Tensor iters, Tensor rejected, double eps,
-                     double momentum, int64_t warmup_iters, int64_t clip_start, double clip_limit,
-                     bool counts, bool relu, int64_t batch_size) {
+                     double momentum, int64_t batch_stats_iters, int64_t no_renorm_iters,
+                     double clip_limit, bool update_state, bool relu, int64_t batch_size) {
   const Normalized out = normalize(
-      x, weight.to(at::kFloat), bias.to(at::kFloat), {window, running_var, iters, rejected},
-      {eps, momentum, warmup_iters, clip_start, clip_limit}, counts, relu, batch_size);
-  return {out.y, out.x2, out.var, out.r, out.slot, out.plain, out.counts};
+      x, as_vector(weight), as_vector(bias), {window, running_var, iters, rejected},
+      {eps, momentum, batch_stats_iters, no_renorm_iters, clip_limit}, update_state, relu,
+      batch_size);
+  return {out.y, out.x2, out.var, out.r, out.slot, out.use_batch_stats, out.counted};
+}
+
+Tensor mabn_given_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor&,
+                          const Tensor& var, const Tensor& r, const Tensor& slot,
+                          const Tensor& use_batch_stats, double eps, bool relu,
+                          int64_t batch_size) {
+  return normalize_given(x, as_vector(weight), as_vector(bias), var, r, slot, use_batch_stats, eps,
+                         relu, batch_size).y;
 }
 
 Tensor dense_like(const Tensor& dy, const Tensor& x) {
@@ -378,28 +401,31 @@ struct MABN : torch::autograd::Function<MABN> {
   using Context = torch::autograd::AutogradContext;
   using Variables = torch::autograd::variable_list;
 
+  // `normalizes` (weight, bias) -> Normalized is the one thing in which `mabn` and `mabn_given` differ.
+  template <typename F>
   static Variables forward(Context* context, const Tensor& x, const Tensor& weight,
-                           const Tensor& bias, const Tensor& psi_window, const State& state,
-                           const Settings& settings, bool counts, bool relu, int64_t batch_size) {
+                           const Tensor& bias, const Tensor& psi_window, const F& normalizes,
+                           bool relu, int64_t batch_size) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor shift = bias.to(at::kFloat);
-    const Normalized out = normalize(x, weight.to(at::kFloat), shift, state, settings, counts, relu,
-                                     batch_size);
-    // The same as `_MABN` in functional.py saves: activation checkpointing compares.
+    const Tensor shift = as_vector(bias);
+    const Normalized out = normalizes(as_vector(weight), shift);
+    // Every backend saves these, in this order: see `mabn_given` in torch_ops.py.
     context->save_for_backward({x, out.scale, relu ? shift : Tensor(), out.shifted, out.r_std,
-                                out.slot, out.plain});
-    // Written to in the backward, which the checks of save_for_backward forbid.
+                                out.slot, out.use_batch_stats});
+    // The backward writes to it, which the checks of save_for_backward forbid.
     context->saved_data["psi_window"] = psi_window;
     context->saved_data["batch_size"] = batch_size;
-    const Variables statistics = {out.x2, out.var, out.r, out.slot, out.plain, out.counts};
-    context->mark_non_differentiable(statistics);
     context->set_materialize_grads(false);
-    return {out.y, out.x2, out.var, out.r, out.slot, out.plain, out.counts};
+    if (!out.x2.defined()) return {out.y};
+    const Variables statistics = {out.x2,   out.var,             out.r,
+                                  out.slot, out.use_batch_stats, out.counted};
+    context->mark_non_differentiable(statistics);
+    return {out.y, out.x2, out.var, out.r, out.slot, out.use_batch_stats, out.counted};
   }
 
   // Gradients get the dtypes of weight and bias from the engine.
   static Variables backward(Context* context, const Variables& gradients) {
-    Variables results(9);
+    Variables results(7);
     const Tensor& dy = gradients[0];
     if (!dy.defined()) return results;
     {
@@ -425,13 +451,24 @@ struct MABN : torch::autograd::Function<MABN> {
 
 Outputs mabn(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& psi_window,
              Tensor window, Tensor running_var, Tensor iters, Tensor rejected, double eps,
-             double momentum, int64_t warmup_iters, int64_t clip_start, double clip_limit,
-             bool counts, bool relu, int64_t batch_size) {
-  const auto out = MABN::apply(x, weight, bias, psi_window,
-                               State{window, running_var, iters, rejected},
-                               Settings{eps, momentum, warmup_iters, clip_start, clip_limit}, counts,
-                               relu, batch_size);
+             double momentum, int64_t batch_stats_iters, int64_t no_renorm_iters,
+             double clip_limit, bool update_state, bool relu, int64_t batch_size) {
+  const State state{window, running_var, iters, rejected};
+  const Settings settings{eps, momentum, batch_stats_iters, no_renorm_iters, clip_limit};
+  const auto normalizes = [&](const Tensor& scale, const Tensor& shift) {
+    return normalize(x, scale, shift, state, settings, update_state, relu, batch_size);
+  };
+  const auto out = MABN::apply(x, weight, bias, psi_window, normalizes, relu, batch_size);
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
+
+Tensor mabn_given(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                  const Tensor& psi_window, const Tensor& var, const Tensor& r, const Tensor& slot,
+                  const Tensor& use_batch_stats, double eps, bool relu, int64_t batch_size) {
+  const auto normalizes = [&](const Tensor& scale, const Tensor& shift) {
+    return normalize_given(x, scale, shift, var, r, slot, use_batch_stats, eps, relu, batch_size);
+  };
+  return MABN::apply(x, weight, bias, psi_window, normalizes, relu, batch_size)[0];
 }
 
 }  // namespace
@@ -439,13 +476,22 @@ Outputs mabn(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
 TORCH_LIBRARY_FRAGMENT(mabn_d2_cpu, library) {
   library.def("mabn(Tensor x, Tensor weight, Tensor bias, Tensor(a!) psi_window, Tensor(b!) window, "
               "Tensor(c!) running_var, Tensor(d!) iters, Tensor(e!) rejected, float eps, "
-              "float momentum, int warmup_iters, int clip_start, float clip_limit, bool counts, "
-              "bool relu, int batch_size=0) "
+              "float momentum, int batch_stats_iters, int no_renorm_iters, float clip_limit, "
+              "bool update_state, bool relu, int batch_size=0) "
               "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("mabn_given(Tensor x, Tensor weight, Tensor bias, Tensor(a!) psi_window, Tensor var, "
+              "Tensor r, Tensor slot, Tensor use_batch_stats, float eps, bool relu, "
+              "int batch_size=0) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(mabn_d2_cpu, CPU, library) { library.impl("mabn", mabn_forward); }
+TORCH_LIBRARY_IMPL(mabn_d2_cpu, CPU, library) {
+  library.impl("mabn", mabn_forward);
+  library.impl("mabn_given", mabn_given_forward);
+}
 
-TORCH_LIBRARY_IMPL(mabn_d2_cpu, Autograd, library) { library.impl("mabn", mabn); }
+TORCH_LIBRARY_IMPL(mabn_d2_cpu, Autograd, library) {
+  library.impl("mabn", mabn);
+  library.impl("mabn_given", mabn_given);
+}
 
 }  // namespace mabn

@@ -67,10 +67,13 @@ struct Layout {
   }
 };
 
+// Strides are not compared: those of dimensions of size 1 say nothing.
 inline void check_like(const Tensor& tensor, const Tensor& x) {
-  TORCH_CHECK(tensor.sizes() == x.sizes() && tensor.strides() == x.strides() &&
+  const auto format =
+      x.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK(tensor.sizes() == x.sizes() && tensor.is_contiguous(format) &&
                   tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device(),
-              "expected two tensors of the same shape, strides, dtype and device");
+              "expected two tensors of the same shape, memory format, dtype and device");
 }
 
 // Consecutive images that share their statistics, so a row of (G, C) vectors. `batch_size` 0: all do.

@@ -1,5 +1,5 @@
-// The passes as operators on tensors. Callers, where torch's own kernels do the same elsewhere, are in
-// kernels.py, whose docstrings say what each computes.
+// The passes as operators on tensors. Their counterparts in torch's own kernels are in torch_passes.py,
+// whose docstrings say what each computes.
 #pragma once
 
 #include <tuple>

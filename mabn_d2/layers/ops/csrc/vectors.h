@@ -26,7 +26,7 @@ MABN_CLONES inline void mean_of_rows(const float* data, int64_t length, int64_t 
 
 // var + eps, r (functional.py's `renorm`, or 1), r / sqrt(var + eps), and weight times that.
 MABN_CLONES inline void choose_factors(const float* var, const float* running, const float* weight,
-                                       float eps, bool clips, float limit, float* __restrict shifted,
+                                       float eps, bool renorms, float limit, float* __restrict shifted,
                                        float* __restrict r, float* __restrict r_std,
                                        float* __restrict scale, int64_t begin, int64_t end) {
   const float low = 1 / limit;
@@ -34,7 +34,7 @@ MABN_CLONES inline void choose_factors(const float* var, const float* running, c
     shifted[c] = var[c] + eps;
     r[c] = 1;
   }
-  for (int64_t c = begin; clips && c < end; ++c) {
+  for (int64_t c = begin; renorms && c < end; ++c) {
     const float ratio = std::sqrt(shifted[c] / (running[c] + eps));
     r[c] = ratio < low ? low : ratio > limit ? limit : ratio;  // NaN passes, as in torch's clamp
   }
