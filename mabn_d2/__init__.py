@@ -21,6 +21,7 @@ if find_spec("detectron2"):
     from .config import add_mabn_config
     from .data import LIT_SCENES, register_digit_scenes
     from .modeling import configure_mabn
+    from .predictor import Predictor, load_predictor
     from .surgery.convert import convert_mabn
     from .surgery.fold import fold_mabn
     from .surgery.fuse_relu import fuse_relu, unfuse_relu
@@ -30,6 +31,7 @@ if find_spec("detectron2"):
     register_digit_scenes(name="digit_scenes_lit", params=LIT_SCENES)
     __all__ = [
         "CheckpointError",
+        "Predictor",
         "SafeCheckpointer",
         "add_mabn_config",
         "configure_mabn",
@@ -38,6 +40,7 @@ if find_spec("detectron2"):
         "convert_mabn",
         "fold_mabn",
         "fuse_relu",
+        "load_predictor",
         "register_digit_scenes",
         "unfuse_relu",
         "update_mabn_stats",

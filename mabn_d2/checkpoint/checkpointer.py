@@ -1,7 +1,10 @@
 """Detectron2's checkpointer, which reads without running code and leaves no half-written file."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
@@ -19,11 +22,12 @@ class SafeCheckpointer(DetectionCheckpointer):
       What a killed process has left half-written is removed by the next save.
 
     After `load`, `record` is what the converters of this package wrote into the file (`record.py`),
-    or None. Folders that are no local ones are written by their own handlers of Detectron2's
+    or None. `description` is what `save` adds to the file (`description.py`). Folders that are no local ones are written by their own handlers of Detectron2's
     PathManager.
     """
 
     record = None
+    description: Mapping[str, Any] = MappingProxyType({})
 
     def load(self, path, *args, **kwargs):
         """As Detectron2's; CheckpointError for a file that is damaged or refused."""
@@ -57,6 +61,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def save(self, name, **kwargs):
         """Save to `{name}.pth` as DetectionCheckpointer does; CheckpointError if that fails."""
+        kwargs = {**self.description, **kwargs}
         if "://" in self.save_dir or not self.save_dir or not self.save_to_disk:
             return super().save(name, **kwargs)
         data = {"model": self.model.state_dict()}

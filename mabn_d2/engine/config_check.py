@@ -17,7 +17,7 @@ from ..layers import BatchRenorm2d, MABN2d
 from ..modeling.norm import norm_settings, renorm_settings
 from ..solver import OPTIMIZERS
 from .errors import ConfigError
-from .own_data import use_folder
+from .own_data import use_folder_for
 
 # Keys of MODEL that a resumed run may have otherwise.
 MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
@@ -61,7 +61,7 @@ def setup_config(args):
     """Return the frozen config of Detectron2's command-line arguments.
 
     MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU. `args.data`, a labelled
-    folder, is the same as DATASETS.FOLDER: the config is set from it (`use_folder`).
+    folder, is the same as DATASETS.FOLDER: the config is set from it (`own_data.py`).
 
     Raises:
         ConfigError: for a file, key or value that can't be used.
@@ -91,7 +91,7 @@ def _use_folder(cfg, args):
     if cfg.DATASETS.FOLDER:
         # What a base of the config file says is a default; so are the datasets of any file.
         given |= {key for key in _keys_of_file(args.config_file) if not key.startswith("DATASETS.")}
-        use_folder(cfg, given, hold_out=not args.eval_only)
+        use_folder_for(cfg, given, args.resume, train=not args.eval_only)
 
 
 def _keys_of_file(config_file):

@@ -3,12 +3,17 @@
 import logging
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
+from ..checkpoint import read_checkpoint
+from ..checkpoint.description import classes_of, config_of
 from ..data.labelled_folder import Registered, mask_counts, mask_kind, register_folder, table
+from ..data.labelled_folder.layouts import WHOLE
+from ..data.labelled_folder.register import dataset_base
 from .errors import ConfigError
 
 # Keys that a labelled folder sets; where one is given, it has to agree with the folder.
@@ -67,6 +72,8 @@ def use_folder(
     if was_frozen:
         cfg.freeze()
     settings = {key: _get(cfg, key) for key in SET_BY_FOLDER}
+    unused = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "RETINANET"
+    del settings[f"MODEL.{unused}.NUM_CLASSES"]
     text = table(
         registered.folder,
         registered.summaries,
@@ -76,6 +83,36 @@ def use_folder(
     for name in registered.names.values():
         MetadataCatalog.get(name).set(description=text)
     return registered
+
+
+def use_folder_for(
+    cfg: CfgNode, given: Collection[str] = (), resume: bool = False, train: bool = True
+) -> Registered:
+    """`use_folder` for a run: the classes are those of the checkpoint that it goes on from.
+
+    An evaluation is of the images that were held out, if the checkpoint was trained on this folder
+    or DATASETS.TEST names them; otherwise of the folder's own part to validate on, or of all images.
+
+    Args:
+        resume: the run goes on from the last checkpoint in OUTPUT_DIR, if there is one.
+        train: False for an evaluation, of that checkpoint or of MODEL.WEIGHTS.
+    """
+    last = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+    file = str(last.with_name(last.read_text().strip())) if resume and last.is_file() else ""
+    if not file and not train:
+        file = cfg.MODEL.WEIGHTS
+    checkpoint = read_checkpoint(file) if file and os.path.isfile(file) else {}
+    classes = classes_of(checkpoint) if isinstance(checkpoint, dict) else None
+    hold_out = train
+    if not train:
+        path = os.path.realpath(os.path.expanduser(cfg.DATASETS.FOLDER))
+        trained_with = config_of(checkpoint)
+        folder = trained_with.DATASETS.FOLDER if trained_with else ""
+        hold_out = (
+            bool(folder and os.path.realpath(folder) == path)
+            or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
+        )
+    return use_folder(cfg, given, classes and [c["name"] for c in classes], hold_out)
 
 
 def log_folder(cfg: CfgNode) -> None:
@@ -97,7 +134,7 @@ def _set_datasets(cfg, registered, given, hold_out):
                 f"DATASETS.{key} is {value} and DATASETS.FOLDER is {cfg.DATASETS.FOLDER!r}: leave "
                 f"one out; the folder's datasets are {', '.join(names.values())}"
             )
-        parts = ("train",) if key == "TRAIN" else ("val", "test", "train")
+        parts = ("train",) if key == "TRAIN" else ("val", "test", WHOLE, "train")
         cfg.DATASETS[key] = tuple(names[part] for part in parts if part in names)[:1]
     if hold_out and set(cfg.DATASETS.TRAIN) & set(cfg.DATASETS.TEST):
         raise ConfigError(

@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
+from ..checkpoint.description import describe
 from ..data.batches import MicroBatches
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm import norm_settings
@@ -67,6 +68,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A proxy, because the checkpointer would otherwise keep the trainer alive, and it the model.
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.description = describe(cfg)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())

@@ -194,7 +194,7 @@ def test_export_without_images(export):
 
 
 def test_single_file(exports):
-    assert find_layout(exports["json"] / "labels.json").parts.keys() == {"train"}
+    assert find_layout(exports["json"] / "labels.json").parts.keys() == {"all"}
     file = exports["coco"] / "annotations" / "instances_train2017.json"
     parts = read_folder(file).parts
     assert sum(len(part.coco["images"]) for part in parts.values()) == 12
@@ -264,9 +264,9 @@ def test_what_is_not_known_is_one_line(export, change, message):
     assert "\n" not in str(error.value)
 
 
-def classes_of(folder, key):
+def classes_of(folder, key, share=0.2):
     """Return the class names of every object of a part, in the order of the file."""
-    part = read_folder(folder).parts[key].coco
+    part = read_folder(folder, share).parts[key].coco
     names = {c["id"]: c["name"] for c in part["categories"]}
     return [names[a["category_id"]] for a in part["annotations"]]
 
@@ -322,14 +322,15 @@ def test_classes_of_a_checkpoint(export):
     """The order is the checkpoint's; the folder may lack some, but has no others."""
     folder = export("label_studio")
     order = ["acht", "fehlt", *NAMES[:8], "neun"]
-    before = classes_of(folder, "train")
-    read = read_folder(folder, class_names=order)
+    before = classes_of(folder, "all", None)
+    read = read_folder(folder, None, order)
+    assert read.parts.keys() == {"all"}
     assert [c["name"] for c in read.categories] == order
-    part = read.parts["train"].coco
+    part = read.parts["all"].coco
     names = {c["id"]: c["name"] for c in part["categories"]}
     assert [names[a["category_id"]] for a in part["annotations"]] == before
     with pytest.raises(BadAnnotationError, match="which the checkpoint does not know"):
-        read_folder(folder, class_names=["eins"])
+        read_folder(folder, None, ["eins"])
 
 
 def test_string_ids(export):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..coco_check import BadAnnotationError
 from .categories import unify_categories
 from .image_files import ImageFinder
-from .layouts import Layout, find_layout
+from .layouts import WHOLE, Layout, find_layout
 
 
 class Contents(NamedTuple):
@@ -28,8 +28,8 @@ class LabelledFolder(NamedTuple):
 
     layout: Layout
     categories: list[dict[str, Any]]  # COCO's, the same in all parts, ids rising
-    parts: dict[str, Contents]  # "train", "val", "test"
-    held_out: bool  # whether "val" was taken from the images of "train"
+    parts: dict[str, Contents]  # "train", "val", "test"; "all" if it is not divided
+    held_out: bool  # whether "val" was taken from the images to train on
     notes: list[str]  # what was left out or is doubtful, one line each
 
 
@@ -49,7 +49,7 @@ def read_folder(
     """
     layout = find_layout(path)
     files = {key: part.json_file for key, part in layout.parts.items()}
-    if val_share is not None and "train" not in files:
+    if val_share is not None and not {"train", WHOLE} & files.keys():
         raise BadAnnotationError(
             f"{path} has no part to train on, only {', '.join(map(str, files.values()))}: add a "
             "part named train"
@@ -61,7 +61,9 @@ def read_folder(
     }
     held_out = val_share is not None and "val" not in parts
     if held_out:
-        parts["train"], parts["val"] = _split(parts["train"], val_share)
+        whole = parts.pop("train" if "train" in parts else WHOLE)
+        train, val = _split(whole, val_share)
+        parts = {"train": train, "val": val, **parts}
     return LabelledFolder(layout, categories, parts, held_out, notes)
 
 

@@ -21,6 +21,7 @@ PART_NAMES = {  # part of a dataset: words by which files and folders name it
     "val": {"val", "valid", "validation"},
     "test": {"test", "testing"},
 }
+WHOLE = "all"  # the part of a folder that is not divided
 ROBOFLOW = "_annotations.coco.json"
 # What other export formats leave in a folder.
 OTHER_FORMATS = {
@@ -39,11 +40,11 @@ class Part(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What was found in a labelled folder; without subsets, all of it is the part "train"."""
+    """What was found in a labelled folder."""
 
     name: str
     folder: Path
-    parts: dict[str, Part]  # keys of PART_NAMES
+    parts: dict[str, Part]  # keys of PART_NAMES; without subsets the one key WHOLE
 
 
 def find_layout(path: str | Path) -> Layout:
@@ -62,7 +63,7 @@ def find_layout(path: str | Path) -> Layout:
                 "folder with the annotations"
             )
         folder = path.parent.parent if path.parent.name == "annotations" else path.parent
-        return Layout("JSON", folder, {"train": Part(path, _image_roots(path, folder, None))})
+        return Layout("JSON", folder, {WHOLE: Part(path, _image_roots(path, folder, None))})
     if not path.is_dir():
         raise BadAnnotationError(
             f"{path} does not exist: name the folder that the labelling tool wrote"
@@ -124,20 +125,20 @@ def _is_coco(file):
 
 
 def _by_part(folder, files):
-    """Return {part: file}; a file that names no part is the one to train on, if it is the only one."""
+    """Return {part: file}. A file that names no part is the whole, or what the others leave to train."""
     parts = {}
     for file in files:
         name = file.parent.name if file.name == ROBOFLOW else file.stem
         part = part_of(name) or (part_of(file.parent.name) if file.parent != folder else None)
         parts.setdefault(part, []).append(file)
     if "train" not in parts and None in parts:
-        parts["train"] = parts.pop(None)
+        parts["train" if len(parts) > 1 else WHOLE] = parts.pop(None)
     for several in parts.values():
         if len(several) > 1:
             _refuse_several(folder, several)
     if None in parts:
         _refuse_several(folder, [*parts["train"], *parts[None]])
-    return {part: parts[part][0] for part in PART_NAMES if part in parts}
+    return {part: parts[part][0] for part in (*PART_NAMES, WHOLE) if part in parts}
 
 
 def _refuse_several(folder, files):

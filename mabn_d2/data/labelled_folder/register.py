@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from .contents import Contents, LabelledFolder, read_folder
+from .layouts import PART_NAMES, WHOLE
 from .summary import PartSummary, summarize
 
 _COPIES: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
@@ -28,7 +29,7 @@ class Registered(NamedTuple):
 def register_folder(
     path: str | Path, val_share: float | None = 0.2, class_names: list[str] | None = None
 ) -> Registered:
-    """Register the parts of a labelled folder as `{folder's name}_train`, `_val` and `_test`.
+    """Register the parts of a labelled folder as `{folder's name}_train`, `_val`, `_test`.
 
     A part whose file Detectron2 can read as it is stays where it is; others are read from a copy in a
     temporary folder of this process. Registering again replaces the datasets.
@@ -52,7 +53,7 @@ def dataset_base(path: str | Path) -> str:
     """
     path = Path(path).resolve()
     base = re.sub(r"\W+", "_", path.stem if path.suffix == ".json" else path.name) or "folder"
-    for part in ("train", "val", "test"):
+    for part in (*PART_NAMES, WHOLE):
         name = f"{base}_{part}"
         if name in DatasetCatalog and MetadataCatalog.get(name).get("folder") != str(path):
             return f"{base}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

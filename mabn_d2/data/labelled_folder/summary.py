@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from .contents import LabelledFolder
+from .layouts import WHOLE
 
 SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's, in square pixels
 MAX_CLASSES = 30  # rows of the table
@@ -113,6 +114,10 @@ def _notes(folder, parts, val_share):
         notes.append(
             f"val: held out from the folder's images by a hash of their names, share {val_share:g} "
             "(DATASETS.VAL_SHARE); it is not trained on"
+        )
+    if WHOLE in parts:
+        notes.append(
+            "all images are evaluated; AP is too high if the model was trained on some of them"
         )
     if "train" in parts:
         train = parts["train"]

@@ -1,0 +1,99 @@
+"""What a checkpoint says about its model: the config and the classes, in two small entries.
+
+Stock Detectron2 ignores them. They are plain text and lists, so that reading them runs no code.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+
+from ..config import add_mabn_config
+from .io import CheckpointError
+
+CONFIG, CLASSES = "config", "classes"  # keys of a checkpoint
+
+
+def describe(cfg: CfgNode) -> dict[str, Any]:
+    """Return the entries for a checkpoint of a model that `cfg` builds.
+
+    "config" is the config as YAML text. "classes" are the classes of the first dataset of
+    DATASETS.TRAIN as COCO categories, in the model's order; without a list of classes, it is missing.
+    """
+    description: dict[str, Any] = {CONFIG: cfg.dump()}
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    names = metadata.get("thing_classes") if metadata else None
+    if names:
+        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        id_of = {index: id for id, index in ids.items()}
+        description[CLASSES] = [
+            {"id": int(id_of.get(index, index + 1)), "name": str(name)}
+            for index, name in enumerate(names)
+        ]
+    return description
+
+
+def classes_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the classes that a checkpoint names, as COCO categories; None if it names none.
+
+    Raises:
+        CheckpointError: if the entry is no such list.
+    """
+    classes = checkpoint.get(CLASSES)
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or not all(
+        isinstance(c, dict) and type(c.get("id")) is int and isinstance(c.get("name"), str)
+        for c in classes
+    ):
+        raise CheckpointError(
+            f"the entry {CLASSES!r} of the checkpoint is no list of ids and names: remove it, or use "
+            "another file"
+        )
+    return classes
+
+
+def config_of(checkpoint: Mapping[str, Any]) -> CfgNode | None:
+    """Return the config that a checkpoint holds; None if it holds none.
+
+    Keys that this version does not know are left out with a warning.
+
+    Raises:
+        CheckpointError: if the entry is no config.
+    """
+    text = checkpoint.get(CONFIG)
+    if not isinstance(text, str):
+        return None
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    try:
+        node = yaml.safe_load(text)
+        if not isinstance(node, dict):
+            raise ValueError(f"it is a {type(node).__name__}, no mapping")
+        unknown = _drop_unknown(node, cfg)
+        cfg.merge_from_other_cfg(CfgNode(node))
+    except (AssertionError, KeyError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the entry {CONFIG!r} of the checkpoint is no config ({reason}): name the config file"
+        ) from error
+    if unknown:
+        logging.getLogger(__name__).warning(
+            f"config in the checkpoint: keys that are not known here: {', '.join(unknown)}"
+        )
+    return cfg
+
+
+def _drop_unknown(node, known, prefix=""):
+    """Delete the keys of `node` that `known` lacks, and return them."""
+    unknown = []
+    for key in list(node):
+        if key not in known:
+            unknown.append(f"{prefix}{key}")
+            del node[key]
+        elif isinstance(node[key], dict) and isinstance(known[key], CfgNode):
+            unknown += _drop_unknown(node[key], known[key], f"{prefix}{key}.")
+    return unknown

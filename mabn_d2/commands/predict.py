@@ -1,0 +1,57 @@
+"""Finds objects in photos with a trained model; writes pictures and COCO results.
+
+    tools/predict.py --checkpoint output/own_data/model_best.pth photos/*.jpg --output predictions
+
+The checkpoint holds the config and the class names. Images are files, folders or patterns. Exit status
+1 if no image could be read.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from ..engine import ConfigError, one_line_errors, read_config
+from ..engine.predict_files import find_images, predict_files
+from ..predictor import load_predictor
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", help="image files, folders, or patterns in quotes")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE", help="a trained model (.pth)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="leave out lower scores; default: %(default)s"
+    )
+    parser.add_argument("--device", help='"cpu" or "cuda"; default: the GPU if there is one')
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="of the model, if the checkpoint holds no config"
+    )
+    return parser.parse_args(arguments)
+
+
+@one_line_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Predict, and print a table."""
+    args = parse_args(arguments)
+    setup_logger(name="mabn_d2")
+    if not 0 <= args.threshold <= 1:
+        raise ConfigError(f"--threshold is {args.threshold}: use a number from 0 to 1")
+    files = find_images(args.images, args.output)
+    cfg = read_config(args.config_file) if args.config_file else None
+    predictor = load_predictor(args.checkpoint, args.device, args.threshold, cfg)
+    predicted = predict_files(predictor, files, args.output)
+    print(predicted.table)
+    print(f"pictures and predictions.json: {args.output}")
+    if predicted.skipped:
+        print(f"skipped: {len(predicted.skipped)} of {len(files)} images can't be read")
+    if not predicted.images:
+        sys.exit(1)

@@ -1,0 +1,170 @@
+"""Predictions on image files: pictures, COCO results and a table."""
+
+import glob
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ..checkpoint.io import atomic_file
+from ..data.labelled_folder.image_files import SUFFIXES
+from ..data.mapper import BadImageError
+from ..predictor import Predictor
+from .errors import ConfigError
+
+PICTURES, RESULTS, IMAGES = "pictures", "predictions.json", "images.json"
+MIN_PICTURE = 480  # pixels of the longer side; smaller images are enlarged, or labels hide them
+
+
+class Predicted(NamedTuple):
+    """What `predict_files` has written."""
+
+    table: str
+    images: int  # images with predictions, or found empty
+    skipped: list[str]  # one line for each image that can't be read
+
+
+def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
+    """Return the image files of files, folders (searched to the bottom) and globs, each once.
+
+    Raises:
+        ConfigError: if there are none for one of the inputs, or one lies where pictures are written.
+    """
+    found, output = [], output.resolve()
+    for name in inputs:
+        path = Path(name)
+        matches = [path] if path.exists() else [Path(p) for p in glob.glob(name, recursive=True)]
+        files = []
+        for match in sorted(matches):
+            if match.is_dir():
+                inside = (p for p in match.rglob("*") if p.suffix.lower() in SUFFIXES)
+                # What an earlier call has written is no input.
+                files += sorted(
+                    p for p in inside if p.is_file() and output not in p.resolve().parents
+                )
+            elif match.is_file():
+                files.append(match)
+        if not files:
+            raise ConfigError(
+                f"{name!r} is no image, no folder with images ({', '.join(SUFFIXES[:3])}, ...) and "
+                "no pattern that matches one: correct it"
+            )
+        found += files
+    files = list({file.resolve(): file for file in found}.values())
+    pictures = output / PICTURES
+    if inside := [file for file in files if pictures in file.resolve().parents]:
+        raise ConfigError(
+            f"--output {output} would overwrite the image {inside[0]}: name another folder"
+        )
+    return files
+
+
+def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> Predicted:
+    """Predict on image files, and write to the folder `output`:
+
+    - `pictures/NAME.jpg`: the image with boxes, masks and class names; a second image of the same
+      name gets NAME-2.jpg;
+    - `predictions.json`: a list of COCO results;
+    - `images.json`: a COCO file without annotations: which image an `image_id` is, which class a
+      `category_id`. `COCO("images.json").loadRes("predictions.json")` reads both.
+
+    An image that can't be read is named and left out. Nothing else is written, whatever images and
+    classes are called.
+    """
+    pictures = output / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    metadata = Metadata(thing_classes=[_plain_text(name) for name in predictor.class_names])
+    images, results, skipped, taken, seconds = [], [], [], set(), []
+    objects, with_objects, scores = Counter(), Counter(), Counter()
+    for path in tqdm(files, "images", unit="image"):
+        try:
+            image = predictor.read(path)
+        except BadImageError as error:
+            skipped.append(str(error))
+            tqdm.write(f"skipped: {_printable(str(error))}")
+            continue
+        start = time.perf_counter()
+        instances = predictor(image)
+        seconds.append(time.perf_counter() - start)
+        image_id, picture = len(images) + 1, _free_name(path, taken)
+        _write_picture(pictures / picture, image, instances, metadata)
+        height, width = image.shape[:2]
+        images.append(
+            {
+                "id": image_id,
+                "file_name": str(path),
+                "height": height,
+                "width": width,
+                "picture": f"{PICTURES}/{picture}",
+            }
+        )
+        for result in instances_to_coco_json(instances, image_id):
+            index = result["category_id"]
+            results.append({**result, "category_id": predictor.classes[index]["id"]})
+            objects[index] += 1
+            scores[index] += result["score"]
+        with_objects.update(set(instances.pred_classes.tolist()))
+    _write_json(output / RESULTS, results)
+    categories = [{"id": c["id"], "name": c["name"]} for c in predictor.classes]
+    _write_json(output / IMAGES, {"images": images, "annotations": [], "categories": categories})
+    rows = [
+        [_printable(predictor.class_names[k]), n, with_objects[k], f"{scores[k] / n:.2f}"]
+        for k, n in sorted(objects.items())
+    ]
+    table = tabulate(
+        rows, ["class", "objects", "images", "mean score"], tablefmt="github", disable_numparse=[0]
+    )
+    if seconds:
+        table += f"\n{len(images)} images, {np.median(seconds):.3f} s each (median)"
+    return Predicted(table, len(images), skipped)
+
+
+def _write_picture(path: Path, image: np.ndarray, instances: Instances, metadata: Metadata) -> None:
+    scale = max(1.0, MIN_PICTURE / max(image.shape[:2]))
+    drawn = Visualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(instances)
+    buffer = io.BytesIO()
+    Image.fromarray(drawn.get_image()).save(buffer, "JPEG", quality=92)
+    with atomic_file(path) as file:
+        file.write(buffer.getvalue())
+
+
+def _write_json(path, content):
+    with atomic_file(path) as file:
+        file.write(json.dumps(content).encode())
+
+
+def _free_name(path: Path, taken: set[str]) -> str:
+    """Return a file name for the picture of an image, and enter it in `taken`.
+
+    Names that differ in case only are one on some file systems; a name may be too long with what is
+    added to it.
+    """
+    stem = _printable(path.stem).encode()[:150].decode(errors="ignore")
+    number = 1
+    while True:
+        name = f"{stem}-{number}.jpg" if number > 1 else f"{stem}.jpg"
+        if name.casefold() not in taken:
+            taken.add(name.casefold())
+            return name
+        number += 1
+
+
+def _plain_text(name):
+    """Return a class name as text that matplotlib does not take for mathematics."""
+    return _printable(name).replace("$", r"\$")
+
+
+def _printable(text):
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,252 @@
+"""--data FOLDER: what is set, what contradicts, and that a run's config.yaml repeats it."""
+
+import json
+import shutil
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+
+from exports import NAMES, edit, write_export
+from mabn_d2.checkpoint import read_checkpoint
+from mabn_d2.checkpoint.description import classes_of, config_of
+from mabn_d2.data.coco_check import BadAnnotationError
+from mabn_d2.engine import ConfigError, Trainer, setup_config, use_folder
+from mabn_d2.engine.own_data import log_folder
+from paths import ROOT
+
+CONFIG = f"""
+_BASE_: "{ROOT}/configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+MODEL:
+  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}}
+  FPN: {{OUT_CHANNELS: 16}}
+  ROI_BOX_HEAD: {{CONV_DIM: 16}}
+  ROI_MASK_HEAD: {{CONV_DIM: 16}}
+INPUT: {{MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96}}
+DATALOADER: {{NUM_WORKERS: 0}}
+SOLVER: {{MAX_ITER: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Return a function that makes an export once; it is not to be changed."""
+    root, made = tmp_path_factory.mktemp("exports"), {}
+
+    def export(layout="coco", masks="polygons"):
+        if (layout, masks) not in made:
+            folder = root / f"{layout}_{masks}"
+            made[layout, masks] = write_export(folder, layout, masks, (6, 2))
+        return made[layout, masks]
+
+    return export
+
+
+def args(tmp_path, *arguments, config=CONFIG, data=None):
+    """Parse the command line of tools/train_net.py."""
+    file = tmp_path / "config.yaml"
+    file.write_text(config)
+    parser = default_argument_parser()
+    parser.add_argument("--data")
+    parsed = parser.parse_args(
+        ["--config-file", str(file), "--num-gpus", "0", *map(str, arguments)]
+    )
+    parsed.data = data and str(data)
+    if "OUTPUT_DIR" not in parsed.opts:
+        parsed.opts += ["OUTPUT_DIR", str(tmp_path / "output")]
+    return parsed
+
+
+RETINA = f"""
+_BASE_: "{ROOT}/configs/retinanet_R50_FPN_mabn_2x.yaml"
+MODEL: {{WEIGHTS: ""}}
+SOLVER: {{IMS_PER_BATCH: 2}}
+"""
+
+
+@pytest.mark.parametrize(
+    "masks, wanted",
+    [("boxes", (False, "bitmask")), ("polygons", (True, "polygon")), ("rle", (True, "bitmask"))],
+)
+def test_what_is_set(exports, tmp_path, masks, wanted):
+    folder = exports("coco", masks)
+    cfg = setup_config(args(tmp_path, data=folder))
+    assert cfg.is_frozen() and str(folder) == cfg.DATASETS.FOLDER
+    assert (f"coco_{masks}_train",) == cfg.DATASETS.TRAIN
+    assert (f"coco_{masks}_val",) == cfg.DATASETS.TEST
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    assert wanted == (cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT)
+    cfg = setup_config(args(tmp_path, config=RETINA, data=folder))
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 10 and not cfg.MODEL.MASK_ON
+
+
+def test_more_than_the_flag_sets(exports, tmp_path):
+    """DATASETS.FOLDER in the file or on the command line is the same; with a `~` and a share."""
+    folder = exports("json")
+    with_key = CONFIG.replace("DATALOADER", f'DATASETS: {{FOLDER: "{folder}"}}\nDATALOADER')
+    for arguments, kwargs in (
+        ((), {"config": with_key}),
+        (("DATASETS.FOLDER", folder), {}),
+        (("DATASETS.VAL_SHARE", 0.5), {"data": folder}),
+    ):
+        cfg = setup_config(args(tmp_path, *arguments, **kwargs))
+        assert str(folder) == cfg.DATASETS.FOLDER and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    assert len(DatasetCatalog.get(cfg.DATASETS.TEST[0])) > 1
+
+
+def test_masks_are_not_used_if_the_config_says_so(exports, tmp_path):
+    cfg = setup_config(args(tmp_path, "MODEL.MASK_ON", False, data=exports()))
+    assert not cfg.MODEL.MASK_ON
+    cfg = setup_config(args(tmp_path, "INPUT.MASK_FORMAT", "bitmask", data=exports()))
+    assert cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "bitmask"
+
+
+@pytest.mark.parametrize(
+    "masks, arguments, message",
+    [
+        (
+            "polygons",
+            ["MODEL.ROI_HEADS.NUM_CLASSES", 7],
+            r"NUM_CLASSES is 7, but .* has 10 classes",
+        ),
+        ("polygons", ["DATASETS.TRAIN", "('coco_2017_train',)"], "DATASETS.TRAIN is .*coco_2017"),
+        ("polygons", ["DATASETS.TEST", "('coco_2017_val',)"], "DATASETS.TEST is .*coco_2017"),
+        ("polygons", ["DATASETS.TEST", "('coco_polygons_train',)"], "not trained on"),
+        ("polygons", ["DATASETS.FOLDER", "elsewhere"], "--data is .* leave one out"),
+        ("polygons", ["DATASETS.VAL_SHARE", 1.5], "VAL_SHARE is 1.5"),
+        ("polygons", ["MODEL.META_ARCHITECTURE", "PanopticFPN"], "needs a label for every pixel"),
+        ("boxes", ["MODEL.MASK_ON", True], r"MASK_ON is True, but (\d+) of \1 objects"),
+        ("rle", ["INPUT.MASK_FORMAT", "polygon"], "MASK_FORMAT is 'polygon', but .* RLE"),
+    ],
+)
+def test_contradictions_are_one_line(exports, tmp_path, masks, arguments, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        setup_config(args(tmp_path, *arguments, data=exports("coco", masks)))
+    assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("  ROI_HEADS: {NUM_CLASSES: 7}", "NUM_CLASSES is 7"),
+        ("  MASK_ON: True", "MASK_ON is True"),
+    ],
+)
+def test_contradictions_in_the_file(exports, tmp_path, line, message):
+    """A key that the file itself has counts as given, one of its base does not."""
+    config = CONFIG.replace("MODEL:\n", f"MODEL:\n{line}\n")
+    with pytest.raises(ConfigError, match=message):
+        setup_config(args(tmp_path, config=config, data=exports("coco", "boxes")))
+
+
+def test_some_objects_without_a_mask(exports, tmp_path, caplog):
+    folder = shutil.copytree(exports(), tmp_path / "some")
+    edit(
+        folder / "annotations/instances_train2017.json",
+        lambda c: c["annotations"][0].update(segmentation=[]),
+    )
+    cfg = setup_config(args(tmp_path, data=folder))
+    assert not cfg.MODEL.MASK_ON
+    caplog.set_level("INFO", "detectron2")
+    log_folder(cfg)
+    assert "1 of" in caplog.text and "objects have no mask" in caplog.text
+    with pytest.raises(ConfigError, match="1 of"):
+        setup_config(args(tmp_path, "MODEL.MASK_ON", True, data=folder))
+
+
+def test_table(exports, tmp_path, caplog):
+    cfg = setup_config(args(tmp_path, data=exports("label_studio", "boxes")))
+    caplog.set_level("INFO", "detectron2")
+    log_folder(cfg)
+    text = caplog.text
+    for part in ("Label Studio, 10 classes", "boxes without a mask", "fünf", "held out", "small",
+                 "set: DATASETS.TRAIN ('label_studio_boxes_train',)"):  # fmt: skip
+        assert part in text, text
+
+
+def test_run_is_repeated_by_its_config(exports, tmp_path):
+    """The config.yaml of a run needs no flag; its checkpoint holds config and classes."""
+    folder = exports("json")
+    cfg = setup_config(args(tmp_path, data=folder))
+    trainer = Trainer(cfg)
+    again = setup_config(args(tmp_path, config=cfg.dump()))
+    assert again.dump() == cfg.dump()
+    trainer.checkpointer.save("model_final")
+
+    checkpoint = read_checkpoint(tmp_path / "output/model_final.pth")
+    assert config_of(checkpoint) == cfg
+    assert [c["name"] for c in classes_of(checkpoint)] == NAMES
+    assert [c["id"] for c in classes_of(checkpoint)] == list(range(1, 11))
+
+
+@pytest.fixture
+def trained(exports, tmp_path):
+    """A checkpoint of a model that was trained on the folder "json"."""
+    cfg = setup_config(args(tmp_path, data=exports("json")))
+    trainer = Trainer(cfg)
+    trainer.checkpointer.save("model_final")
+    return tmp_path / "output" / "model_final.pth"
+
+
+def evaluated(tmp_path, weights, folder, *more):
+    cfg = setup_config(args(tmp_path, "--eval-only", "MODEL.WEIGHTS", weights, *more, data=folder))
+    return cfg, DatasetCatalog.get(cfg.DATASETS.TEST[0])
+
+
+def test_evaluation_on_the_folder_of_the_training(exports, trained, tmp_path):
+    """It is of the images that were held out; on another folder without parts, of all."""
+    training = setup_config(args(tmp_path, "OUTPUT_DIR", tmp_path / "new", data=exports("json")))
+    held_out = DatasetCatalog.get(training.DATASETS.TEST[0])
+    assert evaluated(tmp_path, trained, exports("json"))[1] == held_out
+    copy = shutil.copytree(exports("json"), tmp_path / "moved" / "json_polygons")
+    _, records = evaluated(tmp_path, trained, copy)
+    assert len(records) == 8
+    # DATASETS.TEST may ask for what was held out.
+    _, records = evaluated(tmp_path, trained, copy, "DATASETS.TEST", f"('{names_val(copy)}',)")
+    assert [r["image_id"] for r in records] == [r["image_id"] for r in held_out]
+
+
+def names_val(folder):
+    from mabn_d2.data.labelled_folder.register import dataset_base
+
+    return f"{dataset_base(folder)}_val"
+
+
+def test_evaluation_orders_classes_as_the_checkpoint_does(exports, trained, tmp_path):
+    folder = shutil.copytree(exports("json"), tmp_path / "other")
+    content = json.loads((folder / "labels.json").read_text())
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    expected = [names[a["category_id"]] for a in content["annotations"]]
+    used = sorted({a["category_id"] for a in content["annotations"]})
+    content["categories"] = [{"id": 50 - id, "name": names[id]} for id in used]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 50 - annotation["category_id"]
+    (folder / "labels.json").write_text(json.dumps(content))
+    cfg, records = evaluated(tmp_path, trained, folder)
+    assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == NAMES
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    found = [NAMES[a["category_id"]] for r in records for a in r["annotations"]]
+    assert found == expected
+    edit(folder / "labels.json", lambda c: c["categories"][0].update(name="kreis"))
+    with pytest.raises(BadAnnotationError, match="'kreis', which the checkpoint does not know"):
+        evaluated(tmp_path, trained, folder)
+
+
+def test_resumed_run_keeps_its_classes(exports, trained, tmp_path):
+    folder = shutil.copytree(exports("json"), tmp_path / "grown")
+    edit(folder / "labels.json", lambda c: c["categories"].reverse())
+    parsed = args(tmp_path, "--resume", data=folder)
+    cfg = setup_config(parsed)
+    assert MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes == NAMES
+    edit(folder / "labels.json", lambda c: c["categories"][3].update(name="neu"))
+    with pytest.raises(BadAnnotationError, match="'neu'"):
+        setup_config(parsed)
+
+
+def test_script_of_ones_own(exports, digits_cfg):
+    digits_cfg.DATASETS.FOLDER = str(exports("cvat", "rle"))
+    registered = use_folder(digits_cfg)
+    assert registered.class_names == NAMES and digits_cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    trainer = Trainer(digits_cfg)
+    trainer.train()
+    assert trainer._last_eval_results["bbox"]
