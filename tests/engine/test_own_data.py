@@ -170,7 +170,7 @@ def test_run_is_repeated_by_its_config(exports, tmp_path):
     cfg = setup_config(args(tmp_path, data=folder))
     trainer = Trainer(cfg)
     again = setup_config(args(tmp_path, config=cfg.dump()))
-    assert again.dump() == cfg.dump()
+    assert again == cfg
     trainer.checkpointer.save("model_final")
 
     checkpoint = read_checkpoint(tmp_path / "output/model_final.pth")
