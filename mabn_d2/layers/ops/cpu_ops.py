@@ -14,6 +14,9 @@ NAME = "compiled CPU"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+INTERFACE_VERSION = 2  # of the operators' arguments and results, see layer.cpp
+
+
 def _load() -> Any:
     spec = importlib.util.find_spec("mabn_d2.layers.ops._native")
     if spec is None or spec.origin is None:
@@ -24,7 +27,14 @@ def _load() -> Any:
         raise ImportError(
             f"{spec.origin} does not fit torch {torch.__version__}: install mabn_d2 again"
         ) from error
-    return torch.ops.mabn_d2_cpu
+    operators = torch.ops.mabn_d2_cpu
+    version = operators.interface_version() if hasattr(operators, "interface_version") else 1
+    if version != INTERFACE_VERSION:
+        raise ImportError(
+            f"{spec.origin} was built from another version of mabn_d2: install it again, or in a "
+            "checkout run `python setup.py build_ext --inplace`"
+        )
+    return operators
 
 
 OPERATORS = _load()  # None if they are not installed

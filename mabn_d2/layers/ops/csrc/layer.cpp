@@ -474,6 +474,8 @@ Tensor mabn_given(const Tensor& x, const Tensor& weight, const Tensor& bias,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mabn_d2_cpu, library) {
+  // To be raised with each change of an operator's arguments or results: see `_load` in cpu_ops.py.
+  library.def("interface_version", []() -> int64_t { return 2; });
   library.def("mabn(Tensor x, Tensor weight, Tensor bias, Tensor(a!) psi_window, Tensor(b!) window, "
               "Tensor(c!) running_var, Tensor(d!) iters, Tensor(e!) rejected, float eps, "
               "float momentum, int batch_stats_iters, int no_renorm_iters, float clip_limit, "
