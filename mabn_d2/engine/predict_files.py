@@ -3,6 +3,7 @@
 import glob
 import io
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -93,7 +94,7 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
             image = predictor.read(path)
         except BadImageError as error:
             skipped.append(str(error))
-            tqdm.write(f"skipped: {_printable(str(error))}")
+            tqdm.write(f"skipped: {_printable(str(error))}", file=sys.stderr)
             continue
         start = time.perf_counter()
         instances = predictor(image)
@@ -123,8 +124,11 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
         [_printable(predictor.class_names[k]), n, with_objects[k], f"{scores[k] / n:.2f}"]
         for k, n in sorted(objects.items())
     ]
-    table = tabulate(
-        rows, ["class", "objects", "images", "mean score"], tablefmt="github", disable_numparse=[0]
+    headers = ["class", "objects", "images", "mean score"]
+    table = (
+        tabulate(rows, headers, tablefmt="github", disable_numparse=[0])
+        if rows
+        else f"no object has a score of {predictor.threshold:g} or more"
     )
     if seconds:
         table += f"\n{len(images)} images, {np.median(seconds):.3f} s each (median)"
