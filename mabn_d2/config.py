@@ -28,6 +28,11 @@ def add_mabn_config(cfg):
     # evaluates by its own and rank 0's are saved, as with Detectron2's BatchNorm.
     cfg.MODEL.MABN.SYNC_BEFORE_EVAL = False
 
+    # Convert weights of a BatchNorm model when a run starts from them: filters are centred, means folded,
+    # running_var recalibrated on training images before the first iteration. If not, such weights are
+    # an error, because they compute something else under MABN.
+    cfg.MODEL.MABN.CONVERT_WEIGHTS = False
+
     # Write the statistics of LOG_LAYERS (names of norm layers; none: the first, middle and last) to
     # TensorBoard and metrics.json every so many iterations; 0: never. See engine/statistics.py.
     cfg.MODEL.MABN.LOG_PERIOD = 0

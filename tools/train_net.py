@@ -20,7 +20,7 @@ def main(args):
         default_setup(logged, args)
         log_folder(cfg)
         model = Trainer.build_model(cfg)
-        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         warn_of_differences(checkpointer.record, cfg)
         results = Trainer.test(cfg, model)
@@ -34,11 +34,13 @@ def main(args):
     return trainer.train()
 
 
+def check(args):
+    """Check everything before any process starts, so that an error is said once."""
+    check_data(setup_config(args), train=not args.eval_only)
+
+
 if __name__ == "__main__":
     parser = default_argument_parser()
     parser.add_argument("--data", metavar="FOLDER", help="own images: docs/custom-data.md")
     args = parser.parse_args()
-    with one_line_errors():
-        # Here too, before workers are spawned, so that an error is said once.
-        check_data(setup_config(args), train=not args.eval_only)
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), check)

@@ -1,38 +1,100 @@
 """Detectron2's checkpointer, which reads without running code and leaves no half-written file."""
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from torch import nn
 
 from .io import CheckpointError, atomic_file, read_checkpoint, write_checkpoint
 from .record import KEY
+from .state import convert_batch_norms, tensors, wrapper
+from .weights_check import (
+    batch_norms_for_mabn,
+    check_entries,
+    check_norms,
+    check_values,
+    is_mabn,
+)
+
+_logger = logging.getLogger(__name__)
 
 
 class SafeCheckpointer(DetectionCheckpointer):
     """`DetectionCheckpointer` for files from anyone and disks that fill up.
 
-    - All formats are read by `read_checkpoint`: Detectron2 unpickles a `.pkl` as it is, and so runs
-      whatever it says.
-    - A checkpoint takes its name once it is whole and on the disk, and `last_checkpoint` names it
-      only then; a crash, a full disk or a missing permission leaves the older ones as they are.
-      What a killed process has left half-written is removed by the next save.
+    - `read_checkpoint` reads all formats and runs no code. Detectron2 itself unpickles a `.pkl` as it
+      is, and so runs whatever the file says.
+    - Weights that do not belong to the model are refused before any of them is loaded
+      (`weights_check.py`): BatchNorm for MABN, MABN for another norm, values that are not finite,
+      files of which nothing fits. One line says what is loaded and what starts anew.
+    - A checkpoint gets its name once it is whole and on the disk, and `last_checkpoint` names it
+      only then. A crash, a full disk or a missing permission leaves the older ones as they are. The
+      next save removes what a killed process has left half-written.
 
-    After `load`, `record` is what the converters of this package wrote into the file (`record.py`),
-    or None. `description` is what `save` adds to the file (`description.py`). Folders that are no local ones are written by their own handlers of Detectron2's
-    PathManager.
+    After `load`, `record` is what this package's converters wrote into the file (`record.py`), or
+    None, and `converted` lists the norms that were converted while loading. `description` is what
+    `save` adds to the file (`description.py`). Folders that are not local are written by their own
+    handlers of Detectron2's PathManager.
+
+    Args:
+        model: the model to load into and to save.
+        save_dir: where `save` writes.
+        complete: whether a file must have all of the model's entries, as for an evaluation.
+        convert_batch_norm: convert BatchNorm to MABN while loading, instead of refusing it. Centres
+            the filters and folds the means; the caller must recalibrate the norms in `converted`.
+        save_to_disk, checkpointables: as in Detectron2.
     """
 
-    record = None
     description: Mapping[str, Any] = MappingProxyType({})
 
-    def load(self, path, *args, **kwargs):
-        """As Detectron2's; CheckpointError for a file that is damaged or refused."""
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        complete: bool = False,
+        convert_batch_norm: bool = False,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.complete, self.convert_batch_norm = complete, convert_batch_norm
+        self.record, self.converted = None, []
+        self._source, self._resumes = "", False
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As Detectron2's. A run that is resumed needs all entries of its checkpoint."""
+        self._resumes = resume and self.has_checkpoint()
+        try:
+            return super().resume_or_load(path, resume=resume)
+        finally:
+            self._resumes = False
+
+    def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
+        """Load a file as Detectron2 does, after a check.
+
+        Raises:
+            CheckpointError: for a file that is damaged, refused, or does not belong to the model.
+        """
+        if not path and self.complete:
+            raise CheckpointError(
+                "no weights to evaluate: set MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint), "
+                "or add --resume for the last checkpoint of OUTPUT_DIR"
+            )
         self._parsed_url_during_load = None  # Detectron2 leaves it after a load that failed
-        checkpoint = super().load(path, *args, **kwargs)
+        self._source, self.converted = str(path), []
+        try:
+            checkpoint = super().load(path, *args, **kwargs)
+        except (AssertionError, OSError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"can't read {path}: {text}; correct the path") from error
         record = checkpoint.get(KEY)
         self.record = record if isinstance(record, dict) else None
         return checkpoint
@@ -57,10 +119,68 @@ class SafeCheckpointer(DetectionCheckpointer):
         data = read_checkpoint(filename)
         if not isinstance(data, dict) or not isinstance(data.get("model", {}), dict):
             raise CheckpointError(f"{filename} holds no state dict: it is no checkpoint")
+        key = None if filename.endswith((".pkl", ".pyth")) else wrapper(data)
+        if key not in (None, "model"):
+            data["model"] = data.pop(key)
         return data
 
-    def save(self, name, **kwargs):
-        """Save to `{name}.pth` as DetectionCheckpointer does; CheckpointError if that fails."""
+    def _load_model(self, checkpoint):
+        state = tensors(checkpoint["model"])
+        norms = [name for name, norm in self.model.named_modules() if is_mabn(norm)]
+        if checkpoint.pop("matching_heuristics", False):
+            # With the means that MABN lacks, so that they are found in the file by their names.
+            expected = self.model.state_dict()
+            expected |= {f"{name}.running_mean": expected[f"{name}.running_var"] for name in norms}
+            try:
+                state = align_and_update_state_dicts(
+                    expected, state, c2_conversion=checkpoint.get("__author__") == "Caffe2"
+                )
+            except ValueError as error:
+                raise CheckpointError(f"{self._source}: {error}") from error
+        for name in norms:  # The published layers have (1, C, 1, 1).
+            for entry in ("weight", "bias", "running_var"):
+                value = state.get(f"{name}.{entry}")
+                if value is not None and value.shape == (1, value.numel(), 1, 1):
+                    state[f"{name}.{entry}"] = value.reshape(-1)
+        if self.convert_batch_norm and not self._resumes:
+            state = self._convert(state)
+        check_norms(self.model, state, self._source)
+        check_values(self.model, state, self._source)
+        complete = self.complete or self._resumes
+        _logger.info(check_entries(self.model, state, self._source, complete))
+        checkpoint["model"] = state
+        with (
+            warnings.catch_warnings()
+        ):  # Loading into a model without data, to check, does nothing.
+            warnings.filterwarnings("ignore", ".*non-meta parameter in the checkpoint")
+            return super()._load_model(checkpoint)
+
+    def _convert(self, state):
+        """Convert the BatchNorms that the model has MABN for."""
+        self.converted = batch_norms_for_mabn(self.model, state)
+        if not self.converted:
+            return state
+        if self.complete:
+            raise CheckpointError(
+                f"{self._source} has BatchNorm where the model has MABN: an evaluation needs weights "
+                "that were trained with MABN; convert them while training, which recalibrates them"
+            )
+        _logger.warning(
+            f"{self._source}: {len(self.converted)} BatchNorms BECOME MABN: their filters are centred "
+            "and their means folded, which changes what the model computes; running_var is "
+            "recalibrated on training images before the first iteration"
+        )
+        return convert_batch_norms(state, self.converted)
+
+    def _log_incompatible_keys(self, incompatible):
+        """Nothing: `check_entries` has logged it in one line."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save to `{name}.pth` as DetectionCheckpointer does.
+
+        Raises:
+            CheckpointError: if the file can't be written.
+        """
         kwargs = {**self.description, **kwargs}
         if "://" in self.save_dir or not self.save_dir or not self.save_to_disk:
             return super().save(name, **kwargs)
@@ -73,7 +193,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         write_checkpoint(data, path)
         self.tag_last_checkpoint(path.name)
 
-    def tag_last_checkpoint(self, last_filename_basename):
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if "://" in self.save_dir:
             return super().tag_last_checkpoint(last_filename_basename)
         with atomic_file(os.path.join(self.save_dir, "last_checkpoint")) as file:

@@ -98,10 +98,37 @@ class _Refused(pickle.UnpicklingError):
     pass
 
 
+_TENSORS = {
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch.Size": torch.Size,
+    **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+}
+
+
+class _TensorUnpickler(_ArrayUnpickler):
+    """Knows tensors too; torch's reader derives its own unpickler from it."""
+
+    def find_class(self, module, name):
+        found = _TENSORS.get(f"{module}.{name}")
+        return super().find_class(module, name) if found is None else found
+
+
+class _Pickle:
+    """What torch.load wants of a `pickle_module`."""
+
+    Unpickler = _TensorUnpickler
+
+    @staticmethod
+    def load(file, **kwargs):
+        return _TensorUnpickler(file, **kwargs).load()
+
+
 def read_checkpoint(path):
     """Return what a checkpoint file holds: plain containers, tensors on the CPU, numpy arrays.
 
-    torch's files (zip or older) are read with `weights_only`; any other is a pickle of plain
+    torch's files (zip or older) are read with `weights_only`, and if they hold numpy arrays or
+    scalars too, by an unpickler that knows tensors and these. Any other file is a pickle of plain
     containers and numpy arrays, as in the model zoos of Detectron and Detectron2.
 
     Raises:
@@ -138,7 +165,15 @@ def _read(file):
     elif _TORCH_MAGIC not in start:
         return _read_arrays(file)
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch refuses numpy's own unpickling, which trusts the file; _ALLOWED has stand-ins.
+        refused = _refused_name(error)
+        if not refused or not refused.startswith(("numpy.", "_codecs.")):
+            raise
+    file.seek(0)
+    return _plain(torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Pickle))
 
 
 def _read_arrays(file):
@@ -158,7 +193,7 @@ def _refused_name(error):
         return str(error)
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)", str(error))
-        return found and (found[1] or found[2])
+        return found and (found[1] or found[2]).rstrip(".")
     return None
 
 

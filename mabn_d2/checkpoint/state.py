@@ -13,6 +13,10 @@ WINDOWS = ("buffer_x2", "buffer_gz", "iters")  # of MABN2d, kept together or not
 CLASSIFICATION_WINDOWS = ("pre_x2", "pre_gz", "sta_matrix")
 EPS = 1e-5  # of MABN2d, torch's and Detectron2's BatchNorm alike
 
+# What training programs keep a state dict under, in the order of preference.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "ema_state_dict")
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+
 _logger = logging.getLogger(__name__)
 
 
@@ -34,28 +38,45 @@ def unwrap(checkpoint):
         raise CheckpointError(
             f"the file holds {type(checkpoint).__name__}, no state dict: save model.state_dict()"
         )
-    for key in ("model", "state_dict", "blobs"):
+    key = wrapper(checkpoint) or ("blobs" if isinstance(checkpoint.get("blobs"), Mapping) else None)
+    if key:
+        beside = [str(name) for name in checkpoint if name != key]
+        checkpoint = checkpoint[key]
+    return tensors(checkpoint), beside
+
+
+def wrapper(checkpoint):
+    """Return the key under which a checkpoint has its state dict; None if it is one itself."""
+    for key in WRAPPERS:
         if isinstance(checkpoint.get(key), Mapping):
-            beside = [str(name) for name in checkpoint if name != key]
-            checkpoint = checkpoint[key]
-            break
-    state, wrong = {}, []
-    for name, value in checkpoint.items():
+            return key
+    return None
+
+
+def tensors(state):
+    """Return a state dict with arrays made tensors, without the prefixes of wrapping modules.
+
+    Raises:
+        CheckpointError: if it is empty or something in it is no tensor.
+    """
+    result, wrong = {}, []
+    for name, value in state.items():
         if isinstance(value, (np.ndarray, np.generic)):
             value = torch.as_tensor(value.astype(value.dtype.newbyteorder("="), copy=False))
         if not isinstance(name, str) or not _is_dense(value):
             wrong.append(f"{name} ({type(value).__name__})")
-        state[name] = value
-    if wrong or not state:
+        result[name] = value
+    if wrong or not result:
         what = f"entries that are no tensors: {listed(wrong)}" if wrong else "no entries"
         raise CheckpointError(f"the state dict has {what}; it must be a model's state_dict()")
-    while all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state, beside
+    for prefix in _PREFIXES * 2:  # either may be outside
+        while all(name.startswith(prefix) for name in result):
+            result = {name.removeprefix(prefix): value for name, value in result.items()}
+    return result
 
 
 def _is_dense(value):
-    """True of a tensor that owns as many numbers as it shows: no expanded one of any size."""
+    """Return True if the storage is at least as large as the shape implies (no expanded tensor)."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -179,6 +200,42 @@ def _fold_mean(state, conv, drop):
     drop("means of BatchNorm, zero or folded into biases", f"{conv}.norm.running_mean")
     drop("biases in front of a norm, zero or folded into its own", f"{conv}.bias")
     return changes
+
+
+def convert_batch_norms(state, norms):
+    """Convert the BatchNorms `norms` of a state dict to MABN's form: centred filters, mean folded.
+
+    Args:
+        state: {Detectron2 name: tensor}.
+        norms: names such as "backbone.bottom_up.stem.conv1.norm", each behind the convolution that
+            has the name without ".norm".
+    Returns:
+        A new state dict. What it computes differs: `running_var` belongs to the filters that were
+        not centred, and must be recalibrated.
+    Raises:
+        CheckpointError: for a norm with another name, or one that lacks entries.
+    """
+    state = dict(state)
+
+    def drop(rule, *names):
+        for name in names:
+            state.pop(name, None)
+
+    for norm in norms:
+        conv = norm.removesuffix(".norm")
+        if conv == norm or f"{conv}.weight" not in state:
+            raise CheckpointError(
+                f"{norm} can't be converted while it is loaded, as the convolution in front is not "
+                "known by its name: start this part from random weights"
+            )
+        drop("", f"{norm}.num_batches_tracked")
+        _fold_mean(state, conv, drop)
+    return state
+
+
+def has_centred_filters(filters):
+    """Return whether every filter of a weight (O, I, kH, kW) has mean zero, up to rounding."""
+    return filters.dim() == 4 and not _own_means(filters.double()).any()
 
 
 def _own_means(filters):

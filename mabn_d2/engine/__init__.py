@@ -3,6 +3,7 @@
 from .config_check import check_config, check_data, read_config, setup_config
 from .errors import ConfigError, one_line_errors
 from .launch import launch
+from .model_check import check_model
 from .own_data import use_folder
 from .trainer import Trainer
 
@@ -11,6 +12,7 @@ __all__ = [
     "Trainer",
     "check_config",
     "check_data",
+    "check_model",
     "launch",
     "one_line_errors",
     "read_config",

@@ -2,12 +2,14 @@
 
 import logging
 import tempfile
+from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.layers import get_norm
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
@@ -17,6 +19,8 @@ from ..layers import BatchRenorm2d, MABN2d
 from ..modeling.norm import norm_settings, renorm_settings
 from ..solver import OPTIMIZERS
 from .errors import ConfigError
+from .launch import count_processes
+from .model_check import check_model
 from .own_data import use_folder_for
 
 # Keys of MODEL that a resumed run may have otherwise.
@@ -67,17 +71,14 @@ def setup_config(args):
         ConfigError: for a file, key or value that can't be used.
     """
     cfg = read_config(args.config_file, args.opts)
-    if args.num_gpus == 0 and args.num_machines > 1:
-        raise ConfigError(
-            f"--num-gpus 0 with --num-machines {args.num_machines} would be as many runs that never "
-            "meet: use --num-gpus 1, which takes the CPU where there is no GPU"
-        )
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     _use_folder(cfg, args)
     cfg.freeze()
-    workers = max(args.num_gpus, 1) * args.num_machines
-    check_config(cfg, workers, resume=args.resume, train=not args.eval_only)
+    train = not args.eval_only
+    check_config(cfg, count_processes(args), resume=args.resume, train=train)
+    if comm.get_world_size() == 1:  # one of several: `launch` has checked the model before it
+        check_model(cfg, resume=args.resume, train=train)
     return cfg
 
 
@@ -211,9 +212,12 @@ def _check_output(cfg, resume):
     """OUTPUT_DIR can be written to, and holds no other run."""
     folder = cfg.OUTPUT_DIR
     try:
-        PathManager.mkdirs(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if "://" not in folder:
+            there = Path(folder).absolute()
+            while not there.exists():  # nothing is created before all checks are done
+                there = there.parent
+            with tempfile.TemporaryFile(dir=there):
+                pass
     except OSError as error:
         raise ConfigError(f"OUTPUT_DIR {folder!r} can't be written to: {error}") from error
     if not PathManager.isfile(f"{folder}/last_checkpoint"):

@@ -1,9 +1,14 @@
-"""Errors that a user can mend are one line and exit status 1, in every tool and every process."""
+"""Errors that a user can correct are one line and exit status 1, in every tool and every process."""
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
+
+from detectron2.utils import comm
 
 from ..checkpoint import CheckpointError
 from ..data.coco_check import BadAnnotationError
@@ -13,12 +18,15 @@ from ..data.mapper import BadImageError
 class ConfigError(ValueError):
     """One line that names the key, its value and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
 
 ONE_LINE = (ConfigError, BadAnnotationError, BadImageError, CheckpointError)
 
 
 @contextmanager
-def one_line_errors():
+def one_line_errors() -> Iterator[None]:
     """Exit with the program's name and the message; with MABN_D2_TRACEBACK=1, raise as usual."""
     try:
         yield
@@ -26,3 +34,36 @@ def one_line_errors():
         if os.environ.get("MABN_D2_TRACEBACK", "0") != "0":
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def on_one_rank(function: Callable[[], Any]) -> None:
+    """Call `function` in the first process of each machine, while the others wait.
+
+    Raises:
+        ConfigError, ...: where `function` raised it first.
+        SystemExit: in all other processes, so that an error is said once.
+    """
+    error = None
+    if comm.get_local_rank() == 0:
+        try:
+            function()
+        except ONE_LINE as raised:
+            error = raised
+    failed = comm.all_gather(error is not None)
+    if not any(failed):
+        return
+    if comm.get_rank() == failed.index(True):
+        raise error
+    sys.exit(1)
+
+
+def one_line(message: object, limit: int = 1000) -> str:
+    """Return the text of a message or an exception on one line."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def did_you_mean(word: object, known: Any) -> str:
+    """Return " (did you mean X?)" if a known word is close, and an empty text if none is."""
+    close = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

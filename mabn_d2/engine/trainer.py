@@ -31,6 +31,8 @@ from .hooks import (
     StopOnSignal,
     SyncStatistics,
 )
+from .hooks.recalibrate import recalibrate_converted
+from .model_check import build_errors
 
 
 class Trainer(DefaultTrainer):
@@ -50,7 +52,8 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
+        with build_errors(cfg):
+            model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         if comm.get_world_size() > 1:
@@ -67,7 +70,12 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A proxy, because the checkpointer would otherwise keep the trainer alive, and it the model.
-        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = SafeCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            convert_batch_norm=cfg.MODEL.MABN.CONVERT_WEIGHTS,
+            trainer=weakref.proxy(self),
+        )
         self.checkpointer.description = describe(cfg)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -76,6 +84,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
         warn_of_differences(self.checkpointer.record, self.cfg)
+        if self.checkpointer.converted:
+            recalibrate_converted(self.model, self._micro_batches())
         self.data_loader.batch_sampler.start = self.start_iter
 
     def build_hooks(self):
@@ -112,24 +122,28 @@ class Trainer(DefaultTrainer):
         """Return the hooks of TEST.PRECISE_BN, on batches of the size that a forward has in training."""
         if not self.cfg.TEST.PRECISE_BN.ENABLED:
             return []
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # saves memory; the batches are few
-        steps, period = cfg.SOLVER.ACCUMULATION_STEPS, cfg.TEST.EVAL_PERIOD
-        num_iters = cfg.TEST.PRECISE_BN.NUM_ITER * steps  # the images of NUM_ITER iterations
+        period = self.cfg.TEST.EVAL_PERIOD
+        # The images of NUM_ITER iterations.
+        num_iters = self.cfg.TEST.PRECISE_BN.NUM_ITER * self.cfg.SOLVER.ACCUMULATION_STEPS
         chosen = []
         for hook, finds_layers in (
             (RecalibrateMABN, layers_to_recalibrate),
             (hooks.PreciseBN, get_bn_modules),
         ):
             if finds_layers(self.model):
-                loader = MicroBatches(self.build_train_loader(cfg), steps)
-                chosen.append(hook(period, self.model, loader, num_iters))
+                chosen.append(hook(period, self.model, self._micro_batches(), num_iters))
         return chosen
 
     def _evaluate(self):
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
+
+    def _micro_batches(self):
+        """Return training batches of the size that a forward has, beside the loader that trains."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # saves memory; the batches are few
+        return MicroBatches(self.build_train_loader(cfg), cfg.SOLVER.ACCUMULATION_STEPS)
 
     @classmethod
     def build_optimizer(cls, cfg, model):

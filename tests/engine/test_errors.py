@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from PIL import Image
 
 from commands import CONFIG, SMALL, exit_line, lines, train
+from mabn_d2.checkpoint import write_checkpoint
+from mabn_d2.engine import read_config
 from paths import ROOT
 
 
@@ -136,12 +139,16 @@ def test_damaged_images(tmp_path, monkeypatch, processes):
     DatasetCatalog.get("digit_scenes_train")  # makes them
     made = Path(MetadataCatalog.get("digit_scenes_train").image_root).parent
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    for split, flags in (("train", []), ("val", ["--eval-only"])):
+    opts = [str(part) for part in SMALL]
+    model = build_model(read_config(str(ROOT / CONFIG), ["MODEL.DEVICE", "cpu", *opts]))
+    write_checkpoint({"model": model.state_dict()}, tmp_path / "weights.pth")
+    evaluation = ["--eval-only", "MODEL.WEIGHTS", tmp_path / "weights.pth"]
+    for split, flags in (("train", []), ("val", evaluation)):
         shutil.rmtree(tmp_path / "digit_scenes", ignore_errors=True)
         shutil.copytree(made, tmp_path / "digit_scenes")
         for path in (tmp_path / "digit_scenes" / split).iterdir():
             os.truncate(path, 1000)
-        done = train(*flags, "--num-gpus", processes, "--dist-url", "auto", *SMALL,
+        done = train("--num-gpus", processes, "--dist-url", "auto", *flags, *SMALL,
                      "OUTPUT_DIR", tmp_path / "output")  # fmt: skip
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         (line, *_) = [line for line in lines(done.stderr) if "can't be used" in line]

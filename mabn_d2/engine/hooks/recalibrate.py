@@ -1,11 +1,16 @@
 """Recalibration of MABN in the course of a training."""
 
+import itertools
 import logging
 
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from ...layers import MABN2d
 from ...surgery.recalibrate import update_mabn_stats
+
+_logger = logging.getLogger(__name__)
 
 
 class RecalibrateMABN(HookBase):
@@ -27,6 +32,35 @@ class RecalibrateMABN(HookBase):
     def after_step(self):
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period > 0 and done % self.period == 0):
-            logging.getLogger(__name__).info(f"recalibrating MABN on {self.num_iters} batches")
+            _logger.info(f"recalibrating MABN on {self.num_iters} batches")
             with EventStorage():  # what the model logs meanwhile is no progress of the training
                 update_mabn_stats(self.model, self.data_loader, self.num_iters)
+
+
+CONVERTED_IMAGES = 32  # what the paper's window spans; each has thousands of pixels
+
+
+def recalibrate_converted(model, data_loader):
+    """Set running_var of all MABN layers, frozen ones too, after weights were converted.
+
+    Args:
+        model: in training mode.
+        data_loader: batches of training images, on each rank.
+    """
+    batches = iter(data_loader)
+    first = next(batches)
+    num_iters = max(CONVERTED_IMAGES // (len(first) * comm.get_world_size()), 1)
+    weights = [norm.weight for norm in model.modules() if isinstance(norm, MABN2d)]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    _logger.warning(
+        f"recalibrating the {len(weights)} MABN layers on {num_iters} batches, as the weights were "
+        "converted from BatchNorm"
+    )
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)  # which update_mabn_stats takes for not frozen
+        with EventStorage():
+            update_mabn_stats(model, itertools.chain([first], batches), num_iters)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)

@@ -1,0 +1,88 @@
+"""The model and the weights of a run are checked before anything is trained or written."""
+
+import re
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from commands import CONFIG, SMALL, exit_line
+from mabn_d2 import CheckpointError
+from mabn_d2.checkpoint import write_checkpoint
+from mabn_d2.engine import Trainer, read_config
+from mabn_d2.layers import MABN2d
+from paths import ROOT
+
+NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The commands' small model with MABN and with BatchNorm: {norm: file}."""
+    files = {}
+    for norm in ("MABN", "BN"):
+        opts = [part for node in NORMS for part in (f"MODEL.{node}.NORM", norm)]
+        opts += ["MODEL.BACKBONE.NAME", "build_any_norm_resnet_fpn_backbone", "MODEL.DEVICE", "cpu"]
+        model = build_model(read_config(str(ROOT / CONFIG), [*map(str, SMALL), *opts]))
+        files[norm] = tmp_path_factory.mktemp("weights") / f"{norm}.pth"
+        write_checkpoint({"model": model.state_dict()}, files[norm])
+    return files
+
+
+@pytest.mark.parametrize("tool", ["train_net.py", "demo.py"])
+def test_weights_of_another_norm_end_the_command(tool, weights, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    line = exit_line(
+        monkeypatch, tool, "--config-file", CONFIG, "--num-gpus", 0, *SMALL,
+        "OUTPUT_DIR", output, "MODEL.WEIGHTS", weights["BN"],
+    )  # fmt: skip
+    assert "MODEL.WEIGHTS" in line and "BatchNorm where the model has MABN" in line
+    assert not output.exists()
+
+
+def test_weights_of_another_norm_end_a_script_of_ones_own(digits_cfg, weights):
+    digits_cfg.merge_from_list([*SMALL, "MODEL.WEIGHTS", str(weights["BN"])])
+    with pytest.raises(CheckpointError, match="BatchNorm where the model has MABN"):
+        Trainer(digits_cfg).resume_or_load(resume=False)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "MODEL.WEIGHTS is '', but --eval-only needs weights"),
+        (["MODEL.WEIGHTS", "BN"], "BatchNorm where the model has MABN"),
+        (["MODEL.WEIGHTS", "MABN", "MODEL.ROI_HEADS.NUM_CLASSES", 9], "an evaluation .* need all"),
+        (["MODEL.WEIGHTS", "MABN", "MODEL.RESNETS.DEPTH", 18], "an evaluation .* need all"),
+    ],
+)
+def test_evaluation_needs_all_weights(options, message, weights, tmp_path, monkeypatch):
+    options = [weights.get(o, o) for o in options]
+    line = exit_line(
+        monkeypatch, "train_net.py", "--config-file", CONFIG, "--num-gpus", 0, "--eval-only", *SMALL,
+        "OUTPUT_DIR", tmp_path / "output", *options,
+    )  # fmt: skip
+    assert re.search(message, line) and not (tmp_path / "output").exists()
+
+
+def test_conversion_while_loading(digits_cfg, weights, caplog):
+    """MODEL.MABN.CONVERT_WEIGHTS: running_var belongs to the centred filters, frozen ones too."""
+    digits_cfg.merge_from_list(
+        [*SMALL, "MODEL.WEIGHTS", str(weights["BN"]), "MODEL.MABN.CONVERT_WEIGHTS", True,
+         "MODEL.BACKBONE.FREEZE_AT", 1, "SOLVER.MAX_ITER", 1]
+    )  # fmt: skip
+    digits_cfg.DATASETS.TEST = ()
+    trainer = Trainer(digits_cfg)
+    trainer.resume_or_load(resume=False)
+    assert "BECOME MABN" in caplog.text and "recalibrating the 24 MABN layers" in caplog.text
+    stem = trainer.model.backbone.bottom_up.stem.conv1
+    assert not stem.norm.weight.requires_grad and not stem.norm.running_var.eq(1).any()
+    images = trainer.model.preprocess_image(next(iter(trainer.data_loader))).tensor
+    with torch.no_grad():
+        x2 = torch.nn.functional.conv2d(
+            images, stem.weight - stem.weight.mean((1, 2, 3), keepdim=True), None,
+            stem.stride, stem.padding,
+        ).square().mean((0, 2, 3))  # fmt: skip
+    torch.testing.assert_close(stem.norm.running_var, x2, rtol=0.5, atol=0)  # of other images
+    norms = [m for m in trainer.model.modules() if isinstance(m, MABN2d)]
+    assert all(norm.iters == 0 for norm in norms)
+    trainer.train()
