@@ -1,35 +1,62 @@
 """Detectron2's optimizer, with this package's norms treated as norms."""
 
+from typing import Any
+
+import detectron2.solver.build
 import torch
-from detectron2.solver.build import (
-    get_default_optimizer_params,
-    maybe_add_gradient_clipping,
-    reduce_param_groups,
-)
+from detectron2.config import CfgNode
+from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from torch import nn
 
-from .layers import BatchRenorm2d, MABN2d
+from .modeling.norm_table import norm_layers
+
+_found = detectron2.solver.build.get_default_optimizer_params
+# An earlier import of this package may have replaced it.
+detectron2_optimizer_params = getattr(_found, "_stock", _found)
 
 
-def get_optimizer_params(model, weight_decay_norm=None, weight_decay_bias=None, **settings):
+def get_default_optimizer_params(
+    model: nn.Module,
+    base_lr: float | None = None,
+    weight_decay: float | None = None,
+    weight_decay_norm: float | None = None,
+    bias_lr_factor: float | None = 1.0,
+    weight_decay_bias: float | None = None,
+    lr_factor_func: Any = None,
+    overrides: dict[str, dict[str, float]] | None = None,
+) -> list[dict[str, Any]]:
     """`detectron2.solver.get_default_optimizer_params` that knows this package's norms.
 
-    Detectron2 applies `weight_decay_norm` to a fixed tuple of norm types, which "MABN" and "BRN" are
-    none of. As there, `weight_decay_bias`, if set, comes before it for a norm's bias.
+    Detectron2 applies `weight_decay_norm` to a fixed tuple of norm types, to which those of
+    `NORMS` do not belong. As there, `weight_decay_bias` and `overrides` come before it.
+
+    Args:
+        model, base_lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias,
+            lr_factor_func, overrides: as in Detectron2.
+    Returns:
+        Parameter groups for an optimizer of torch.
     """
-    groups = get_default_optimizer_params(
+    groups = detectron2_optimizer_params(
         model,
+        base_lr=base_lr,
+        weight_decay=weight_decay,
         weight_decay_norm=weight_decay_norm,
+        bias_lr_factor=bias_lr_factor,
         weight_decay_bias=weight_decay_bias,
-        **settings,
+        lr_factor_func=lr_factor_func,
+        overrides=overrides,
     )
     if weight_decay_norm is None:
         return groups
+    decided = {name for name, values in (overrides or {}).items() if "weight_decay" in values}
+    if weight_decay_bias is not None:
+        decided.add("bias")
     norm_params = {
         param
         for module in model.modules()
-        if isinstance(module, (BatchRenorm2d, MABN2d))
+        if isinstance(module, norm_layers())
         for name, param in module.named_parameters(recurse=False)
-        if name == "weight" or weight_decay_bias is None
+        if name not in decided
     }
     each = [{**group, "params": [param]} for group in groups for param in group["params"]]
     for group in each:
@@ -38,10 +65,13 @@ def get_optimizer_params(model, weight_decay_norm=None, weight_decay_bias=None, 
     return reduce_param_groups(each)
 
 
+# Its name in LazyConfig files that were written before Detectron2's own function was replaced.
+get_optimizer_params = get_default_optimizer_params
+
 OPTIMIZERS = ("SGD", "ADAMW")
 
 
-def build_optimizer(cfg, model):
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build SOLVER.OPTIMIZER over the parameters of `model` that require grad.
 
     CLIP_GRADIENTS.CLIP_TYPE may be "full_model" too: by the norm of all gradients together.
@@ -50,7 +80,7 @@ def build_optimizer(cfg, model):
         ValueError: for an optimizer that is neither "SGD" nor "ADAMW".
     """
     solver = cfg.SOLVER
-    groups = get_optimizer_params(
+    groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,

@@ -18,9 +18,10 @@ from mabn_d2.checkpoint import (
 )
 from mabn_d2.checkpoint.io import check_output
 from mabn_d2.checkpoint.record import KEY
+from mabn_d2.checkpoint.stock_detector import changed, fold_detector, load_whole
 from mabn_d2.engine import read_config
 from mabn_d2.modeling.norm import build_model
-from mabn_d2.surgery.fold import INTO, changed, fold_detector, load_whole
+from mabn_d2.surgery.fold import INTO
 
 
 def progress(text):

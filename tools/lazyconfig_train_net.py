@@ -26,24 +26,22 @@ from detectron2.utils import comm
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from mabn_d2 import configure_mabn, fuse_relu
+from mabn_d2 import fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.data.workers import guard_workers
 from mabn_d2.engine import ConfigError, launch, one_line_errors
 from mabn_d2.engine.guarded_trainer import GuardedDDP, GuardedTrainer
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.hooks.log_statistics import LogStatistics
-from mabn_d2.layers import BatchRenorm2d
-from mabn_d2.modeling.norm import scale_norm_schedules
+from mabn_d2.modeling.norm import check_paired
+from mabn_d2.modeling.norm_table import configure_norms_by_name, scale_norm_schedules
 
 
 def build_model(cfg):
-    """Return the model on train.device, its MABN layers set by train.mabn, ReLU fused."""
+    """Return the model on train.device, its norms set by train.mabn and train.brn, ReLU fused."""
     model = instantiate(cfg.model).to(cfg.train.device)
-    for module in model.modules():
-        if isinstance(module, BatchRenorm2d):
-            module.configure(**cfg.train.get("brn", {}))
-    configure_mabn(model, **cfg.train.get("mabn", {}))
+    check_paired(model)
+    configure_norms_by_name(model, cfg.train)
     scale_norm_schedules(model, accumulation_steps(cfg))
     return fuse_relu(model)
 

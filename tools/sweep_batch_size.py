@@ -78,7 +78,12 @@ def parse_args():
         help="default: results/batch_size, with --data results/batch_size_<name of its folder>",
     )
     add("--runs", metavar="DIR", help="checkpoints and logs of the runs; default: OUTPUT/runs")
-    add("--norms", nargs="+", default=["bn", "brn", "mabn", "gn"], choices=train_imagenet.NORMS)
+    add(
+        "--norms",
+        nargs="+",
+        default=["bn", "brn", "mabn", "gn"],
+        choices=train_imagenet.norm_names(),
+    )
     add("--sizes", nargs="+", type=int, default=[2, 32, 8, 4], help="normalization batches")
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--jobs", type=int, help="runs at a time; default: a core each, with --data one")
@@ -234,7 +239,9 @@ def table(rows):
 def draw(rows, path, title):
     """Draw mean and sample standard deviation over the seeds against the normalization batch."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = dict(zip(train_imagenet.NORMS, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
+    colours = dict(
+        zip(train_imagenet.norm_names(), plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    )
     sizes = sorted({int(row["norm_batch"]) for row in rows})
     for norm, points in sorted(summary(rows).items()):
         if norm == "gn":

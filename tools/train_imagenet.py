@@ -33,7 +33,7 @@ from mabn_d2.classification.image_folder import (
     train_transform,
     val_transform,
 )
-from mabn_d2.classification.models import ARCHS, NORMS, build_classifier
+from mabn_d2.classification.models import ARCHS, build_classifier, norm_names
 from mabn_d2.engine.guarded_trainer import MAX_REJECTED
 from mabn_d2.engine.hooks import StopOnSignal
 
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--data", required=True, metavar="DIR", help="with train/<class>/* and val/<class>/*")
     add("--output", default="output/imagenet", metavar="DIR", help="checkpoint.pth, logs")
     add("--arch", default="resnet50", choices=(*ARCHS, "small"))
-    add("--norm", default="mabn", choices=NORMS)
+    add("--norm", default="mabn", choices=norm_names())
     add("--norm-batch", type=int, default=2, help="images in one normalization batch")
     add("--simulated-batch", type=int, default=32, help="images that MABN's windows span")
     add(

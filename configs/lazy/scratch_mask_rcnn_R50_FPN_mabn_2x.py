@@ -2,11 +2,10 @@
 # Published: box AP 36.50, mask AP 32.69.
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
-from detectron2.solver import WarmupParamScheduler
+from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from mabn_d2.modeling import PublishedConvFCHead, PublishedResNet
-from mabn_d2.solver import get_optimizer_params
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 model.pixel_mean = [102.9801, 115.9465, 122.7717]
@@ -30,7 +29,7 @@ dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.augmentations[0].short_edge_length = (800,)
 
 optimizer = model_zoo.get_config("common/optim.py").SGD
-optimizer.params = L(get_optimizer_params)(
+optimizer.params = L(get_default_optimizer_params)(
     base_lr="${..lr}",
     weight_decay="${..weight_decay}",
     bias_lr_factor=2.0,

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..layers import BatchRenorm2d, MABN2d, SplitBatchNorm2d
+from ..layers import MABN2d, SplitBatchNorm2d
+from ..modeling import norm_table
 
 
 class FormulaMABN2d(nn.Module):
@@ -59,8 +60,7 @@ NORMS = {
     "gn": lambda channels: nn.GroupNorm(min(32, channels), channels),
     "in": partial(nn.InstanceNorm2d, affine=True),
     "ln": partial(nn.GroupNorm, 1),  # over C, H, W
-    "brn": BatchRenorm2d,
-    "mabn": MABN2d,
+    **{name.lower(): row.layer for name, row in norm_table.NORMS.items()},
     "mabn_relu": partial(MABN2d, activation="relu"),
     "bn_split": partial(SplitBatchNorm2d, batch_size=2),
     "mabn_split": partial(MABN2d, split_batch=True),
@@ -68,7 +68,8 @@ NORMS = {
     "copy": None,  # Tensor.copy_ of one activation
 }
 # The same norms by their names in Detectron2's configs.
-DETECTRON2_NORMS = {"bn": "BN", "syncbn": "SyncBN", "gn": "GN", "ln": "LN", "mabn": "MABN"}
+DETECTRON2_NORMS = {"bn": "BN", "syncbn": "SyncBN", "gn": "GN", "ln": "LN"}
+DETECTRON2_NORMS |= {name.lower(): name for name in norm_table.NORMS}
 DETECTORS = ("frozen_bn", "mabn", "mabn_folded", "mabn_folded_conv")
 # What `choose_norms` takes for each benchmark.
 KNOWN = {

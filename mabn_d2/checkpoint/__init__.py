@@ -5,6 +5,7 @@ from .detector import convert_detector
 from .imagenet import convert_imagenet
 from .io import CheckpointError, read_checkpoint, write_checkpoint
 from .record import differences, warn_of_differences
+from .stock_detector import fold_detector, load_whole
 
 __all__ = [
     "CheckpointError",
@@ -12,6 +13,8 @@ __all__ = [
     "convert_detector",
     "convert_imagenet",
     "differences",
+    "fold_detector",
+    "load_whole",
     "read_checkpoint",
     "warn_of_differences",
     "write_checkpoint",

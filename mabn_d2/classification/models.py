@@ -5,10 +5,10 @@ from functools import partial
 import torchvision
 from torch import nn
 
-from ..layers import SplitBatchNorm2d, SplitBatchRenorm2d
-from ..modeling.norm import configure_mabn, get_norm
+from ..layers import SplitBatchNorm2d
+from ..modeling.norm import check_paired, new_norm
+from ..modeling.norm_table import NORMS
 
-NORMS = ("bn", "brn", "gn", "mabn", "syncbn")
 ARCHS = {
     "resnet18": "resnet18",
     "resnet34": "resnet34",
@@ -17,6 +17,11 @@ ARCHS = {
     "resnet152": "resnet152",
     "resnext50": "resnext50_32x4d",
 }
+
+
+def norm_names() -> list[str]:
+    """Return the norms that a classifier can have: three of torch's, and all of the norm table."""
+    return sorted({"bn", "gn", "syncbn", *(name.lower() for name in NORMS)})
 
 
 class SmallNet(nn.Sequential):
@@ -50,27 +55,31 @@ def build_classifier(arch, norm, norm_batch, simulated_batch, num_classes, **set
     """
     if arch not in (*ARCHS, "small"):
         raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(ARCHS)}, small")
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)}")
+    if norm not in norm_names():
+        raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(norm_names())}")
     if norm_batch < 1:
         raise ValueError(f"the normalization batch must be positive, got {norm_batch}")
-    if settings and norm not in ("brn", "mabn"):
+    row = NORMS.get(norm.upper())
+    if settings and row is None:
         raise TypeError(f"norm {norm!r} takes no settings, got {', '.join(settings)}")
-    # "MABN" of get_norm centres the convolution that it is registered behind.
-    norm_layer = {
-        "bn": partial(SplitBatchNorm2d, batch_size=norm_batch),
-        "brn": partial(SplitBatchRenorm2d, batch_size=norm_batch, **settings),
-        "gn": lambda channels: nn.GroupNorm(min(32, channels // 4), channels),
-        "mabn": partial(get_norm, "MABN"),
-        "syncbn": nn.BatchNorm2d,
-    }[norm]
+    if row is not None:
+        if row.split_layer is not None:
+            settings["batch_size"] = norm_batch
+        if row.has_window:
+            settings["simulated_batch_size"] = simulated_batch
+        split = row.split_layer is not None
+        norm_layer = partial(new_norm, norm.upper(), split=split, **settings)
+    else:
+        norm_layer = {
+            "bn": partial(SplitBatchNorm2d, batch_size=norm_batch),
+            "gn": lambda channels: nn.GroupNorm(min(32, channels // 4), channels),
+            "syncbn": nn.BatchNorm2d,
+        }[norm]
     if arch == "small":
         model = SmallNet(num_classes, norm_layer)
     else:
         model = torchvision.models.get_model(
             ARCHS[arch], weights=None, num_classes=num_classes, norm_layer=norm_layer
         )
-    if norm == "mabn":
-        sizes = {"batch_size": norm_batch, "simulated_batch_size": simulated_batch}
-        configure_mabn(model, split_batch=True, **sizes, **settings)
+    check_paired(model)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norm == "syncbn" else model

@@ -15,8 +15,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import add_mabn_config
 from ..data.coco_check import check_coco
 from ..data.coco_files import coco_files
-from ..layers import BatchRenorm2d, MABN2d
-from ..modeling.norm import norm_settings, renorm_settings
+from ..modeling.norm_table import NORMS
 from ..solver import OPTIMIZERS
 from .errors import ConfigError
 from .launch import count_processes
@@ -146,24 +145,21 @@ def check_config(cfg, workers=1, resume=False, train=True):
         raise ConfigError(
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use one of {', '.join(OPTIMIZERS)}"
         )
-    try:
-        window = MABN2d(1, **norm_settings(cfg), device="meta").window  # checks the values
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"MODEL.MABN: {error}") from error
-    if window > MAX_WINDOW:
-        raise ConfigError(
-            f"MODEL.MABN.SIMULATED_BATCH_SIZE is {cfg.MODEL.MABN.SIMULATED_BATCH_SIZE}, which is "
-            f"{window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
-        )
-    try:
-        BatchRenorm2d(1, **renorm_settings(cfg))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"MODEL.BRN: {error}") from error
+    for name, row in NORMS.items():
+        try:
+            layer = row.layer(1, **row.settings(cfg), device="meta")  # checks the values
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"MODEL.{name}: {error}") from error
+        if row.has_window and layer.window > MAX_WINDOW:
+            raise ConfigError(
+                f"MODEL.{name}.SIMULATED_BATCH_SIZE is {cfg.MODEL[name].SIMULATED_BATCH_SIZE}, which "
+                f"is {layer.window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
+            )
     for key, node in _norm_nodes(cfg):
         try:
             get_norm(node.NORM, 32)
-        except ValueError as error:
-            raise ConfigError(f"{key}.NORM: {error}") from error
+        except KeyError as error:
+            raise ConfigError(f"{key}.NORM: {error.args[0]}") from error
         if node.NORM in GPU_ONLY and train and workers > 1 and cfg.MODEL.DEVICE == "cpu":
             raise ConfigError(
                 f"{key}.NORM is {node.NORM!r}, which needs GPUs where several processes train: use "

@@ -21,7 +21,7 @@ from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..checkpoint.description import describe
 from ..data.batches import MicroBatches
 from ..data.loader import build_test_loader, build_train_loader
-from ..modeling.norm import norm_settings
+from ..modeling.norm_table import norm_settings
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
 from .guarded_trainer import GuardedDDP, GuardedTrainer

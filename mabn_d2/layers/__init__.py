@@ -2,6 +2,7 @@
 
 from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
+from .cen_conv_transpose import CenConvTranspose2d, center_transposed_weight
 from .mabn import MABN2d
 from .per_level import PerLevelNorm
 from .split_norms import SplitBatchNorm2d, SplitBatchRenorm2d, SplitMABN2d
@@ -9,10 +10,12 @@ from .split_norms import SplitBatchNorm2d, SplitBatchRenorm2d, SplitMABN2d
 __all__ = [
     "BatchRenorm2d",
     "CenConv2d",
+    "CenConvTranspose2d",
     "MABN2d",
     "PerLevelNorm",
     "SplitBatchNorm2d",
     "SplitBatchRenorm2d",
     "SplitMABN2d",
+    "center_transposed_weight",
     "center_weight",
 ]

@@ -6,7 +6,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import nn
 
-from .norm import NORM, configure_mabn, norm_settings
+from .norm import NORM, configure_mabn
+from .norm_table import norm_settings
 
 BLOCKS_PER_STAGE = {
     10: (1, 1, 1, 1),

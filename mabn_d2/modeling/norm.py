@@ -16,61 +16,69 @@ which Detectron2 does for "BN" and "SyncBN" by their names.
 """
 
 import logging
-import math
 import sys
+from types import FunctionType
 
 import detectron2.layers
-import detectron2.modeling  # noqa: F401 (its `build_model` is replaced)
-from detectron2.layers import Conv2d
-from detectron2.layers import get_norm as detectron2_get_norm
-from detectron2.modeling import build_model as detectron2_build_model
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.utils import comm
+import detectron2.modeling
+from detectron2.modeling.meta_arch import retinanet
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
+from ..layers import MABN2d, PerLevelNorm
+from ..solver import detectron2_optimizer_params, get_default_optimizer_params
+from ..surgery.convolutions import center_conv, check_conv, is_convolution
 from ..surgery.fuse_relu import fuse_relu
+from .norm_table import NORMS, configure_norms, norm_layers, scale_norm_schedules
 
 NORM = "MABN"
-RENORM = "BRN"
 
 
-class CenNormConv2d(CenConv2d, Conv2d):
-    """Detectron2's Conv2d, which holds norm and activation, with filters centred in the forward."""
-
-    def forward(self, x):
-        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
-        x = self._conv_forward(x, self.weight, self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+def _stock(function: FunctionType) -> FunctionType:
+    """Return Detectron2's function, which an earlier import of this package may have replaced."""
+    return getattr(function, "_stock", function)
 
 
-# Subclasses have forwards of their own, which centring in place would lose.
-CENTRED = {nn.Conv2d: CenConv2d, Conv2d: CenNormConv2d}
+detectron2_get_norm = _stock(detectron2.layers.get_norm)
+detectron2_build_model = _stock(detectron2.modeling.build_model)
 
 
 def get_norm(norm, out_channels):
-    """`detectron2.layers.get_norm` that knows "MABN" and "BRN" too.
+    """`detectron2.layers.get_norm` that knows the norms of `NORMS`, too.
 
+    Args:
+        norm: a name, or a function from `out_channels` to a module.
+        out_channels: features that the norm has.
+    Returns:
+        The norm; None if the name is empty.
     Raises:
-        ValueError: for a name that neither Detectron2 nor this package has.
+        KeyError: for a name that neither Detectron2 nor this package has.
     """
-    if norm == NORM:
-        layer = MABN2d(out_channels)
-        layer.register_forward_pre_hook(_refuse)
-        return layer
-    if norm == RENORM:
-        return BatchRenorm2d(out_channels)
+    if isinstance(norm, str) and norm in NORMS:
+        return new_norm(norm, out_channels)
     try:
         return detectron2_get_norm(norm, out_channels)
     except KeyError as error:
-        raise ValueError(
-            f'unknown norm {norm!r}: use "MABN", "BRN", or one that detectron2.layers.get_norm lists'
+        if not isinstance(norm, str):
+            raise
+        names = ", ".join(f'"{name}"' for name in NORMS)
+        raise KeyError(
+            f"unknown norm {norm!r}: use {names}, or one that detectron2.layers.get_norm lists"
         ) from error
+
+
+def new_norm(name: str, num_features: int, split: bool = False, **settings: object) -> nn.Module:
+    """Return a norm of `NORMS`; one that needs a centred convolution waits for it.
+
+    Args:
+        split: the form for normalization batches smaller than the batch, if the norm has one.
+        settings: arguments of the layer.
+    """
+    row = NORMS[name]
+    layer = (row.split_layer if split else row.layer)(num_features, **settings)
+    if row.needs_centring:
+        layer.register_forward_pre_hook(_refuse)
+    return layer
 
 
 def _refuse(layer, args):
@@ -80,9 +88,9 @@ def _refuse(layer, args):
     )
 
 
-def is_unpaired(module):
-    """True of a MABN layer from `get_norm` that has not been attached to a convolution yet."""
-    return isinstance(module, MABN2d) and _refuse in module._forward_pre_hooks.values()
+def is_unpaired(module: nn.Module) -> bool:
+    """Return True for a norm from `get_norm` that still waits for a convolution to be centred."""
+    return isinstance(module, nn.Module) and _refuse in module._forward_pre_hooks.values()
 
 
 def _pair(parent, name, module):
@@ -90,7 +98,7 @@ def _pair(parent, name, module):
     if not is_unpaired(module):
         return
     conv = parent
-    if not isinstance(parent, nn.Conv2d):
+    if not is_convolution(parent):
         siblings = [child for child in parent.children() if child is not module]
         if not siblings:
             return  # a container, which may be attached in turn
@@ -104,88 +112,29 @@ def _pair(parent, name, module):
 
 def _split_levels(parent, name, module):
     """Registration hook: norms of a subnet that is attached to a RetinaNetHead become one a level."""
-    if isinstance(parent, RetinaNetHead) and isinstance(module, nn.Sequential):
+    if isinstance(parent, retinanet.RetinaNetHead) and isinstance(module, nn.Sequential):
         for i, layer in enumerate(module):
-            if isinstance(layer, (BatchRenorm2d, MABN2d)):
+            if isinstance(layer, norm_layers()):
                 module[i] = PerLevelNorm(layer, parent._num_features)
 
 
-def check_conv(conv, num_features):
-    """Raise if the convolution in front of a MABN over `num_features` channels can't be centred.
-
-    Raises:
-        TypeError: if it is no convolution that can be centred.
-        ValueError: if its outputs are not the norm's `num_features`, or filters have one element.
-    """
-    cls = type(conv)
-    if cls not in (*CENTRED, *CENTRED.values()):
-        raise TypeError(
-            f"MABN needs a zero-centred convolution in front, which {cls.__module__}."
-            f"{cls.__qualname__} can't be: use one of "
-            + ", ".join(f"{c.__module__}.{c.__qualname__}" for c in CENTRED)
-            + ", or another norm there"
-        )
-    if conv.out_channels != num_features:
+def check_paired(model: nn.Module) -> None:
+    """Raise ValueError naming the norms that have no centred convolution in front."""
+    modules = dict(model.named_modules())
+    problems = []
+    for name, module in modules.items():
+        if is_unpaired(module):
+            parent = modules.get(name.rpartition(".")[0], module)
+            problems.append(f"{name} in {type(parent).__module__}.{type(parent).__qualname__}")
+    if problems:
         raise ValueError(
-            f"MABN over {num_features} channels stands behind a convolution with "
-            f"{conv.out_channels} output channels: {conv}"
+            f"MABN without a convolution to centre: {', '.join(problems)}. A norm must be attached "
+            "to a convolution of a known class, or be registered just behind one in the same "
+            "module: change the order, or use another norm there (BRN and GN need no centring)"
         )
-    if conv.weight[0].numel() == 1:
-        raise ValueError(f"filters of one element are zero when centred: {conv}")
 
 
-def center_conv(conv):
-    """Make a convolution that `check_conv` takes a centred one, in place; keys stay as they are."""
-    conv.__class__ = CENTRED.get(type(conv), type(conv))
-
-
-def norm_settings(cfg):
-    """Return the arguments of MABN2d that the node MODEL.MABN asks for; defaults without a node.
-
-    BATCH_SIZE 0 means the images of one forward: those of one GPU in one iteration, divided by
-    SOLVER.ACCUMULATION_STEPS. The window is then rounded up to a whole number of forwards.
-    WARMUP_ITERS and CLIP_START are in optimizer iterations (see `scale_norm_schedules`).
-
-    Raises:
-        ValueError: if BATCH_SIZE is given and does not divide SIMULATED_BATCH_SIZE.
-    """
-    node = cfg.MODEL.get("MABN")
-    batch_size = node.BATCH_SIZE if node else 0
-    simulated = node.SIMULATED_BATCH_SIZE if node else 32
-    if batch_size == 0:
-        # At least 1: a model may be built with fewer images than workers, to be looked at.
-        micro_batches = comm.get_world_size() * cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
-        batch_size = max(cfg.SOLVER.IMS_PER_BATCH // micro_batches, 1)
-        wanted, simulated = simulated, math.ceil(simulated / batch_size) * batch_size
-        if simulated != wanted:
-            logging.getLogger(__name__).warning(
-                f"MODEL.MABN.SIMULATED_BATCH_SIZE is {wanted}, not a multiple of the {batch_size} "
-                f"images of one GPU: the window spans {simulated}"
-            )
-    elif simulated % batch_size:
-        raise ValueError(
-            f"MODEL.MABN.BATCH_SIZE ({batch_size}) does not divide MODEL.MABN."
-            f"SIMULATED_BATCH_SIZE ({simulated}): change one, or set BATCH_SIZE to 0, the images "
-            "of one GPU"
-        )
-    settings = {"batch_size": batch_size, "simulated_batch_size": simulated}
-    if node:
-        settings |= {
-            "eps": node.EPS,
-            "momentum": node.MOMENTUM,
-            "warmup_iters": node.WARMUP_ITERS,
-            "clip_start": node.CLIP_START,
-            "clip_limit": node.CLIP_LIMIT,
-        }
-    return settings
-
-
-def renorm_settings(cfg):
-    """Return the arguments of BatchRenorm2d that the node MODEL.BRN asks for; none without a node."""
-    return {name.lower(): value for name, value in cfg.MODEL.get("BRN", {}).items()}
-
-
-def configure_mabn(model, **settings):
+def configure_mabn(model: nn.Module, **settings: object) -> nn.Module:
     """Set the arguments of every MABN layer of a built model, and return the model.
 
     Args:
@@ -193,54 +142,62 @@ def configure_mabn(model, **settings):
     Raises:
         ValueError: naming the MABN layers that have no centred convolution in front.
     """
-    unpaired = [name for name, module in model.named_modules() if is_unpaired(module)]
-    if unpaired:
-        raise ValueError(f"MABN without a convolution to centre: {', '.join(unpaired)}")
+    check_paired(model)
     for module in model.modules():
         if isinstance(module, MABN2d):
             module.configure(**settings)
     return model
 
 
-def scale_norm_schedules(model, accumulation_steps):
-    """Let norms whose schedule is in optimizer iterations count micro-batches instead.
-
-    Args:
-        model: its norms as `configure` left them; those with a `scale_schedule` are changed.
-        accumulation_steps: micro-batches in one optimizer iteration; with 1 nothing changes.
-    """
-    if accumulation_steps == 1:
-        return
-    for module in model.modules():
-        if hasattr(module, "scale_schedule"):
-            module.scale_schedule(accumulation_steps)
-
-
 def build_model(cfg):
     """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN.
 
-    MABN layers have the ReLU behind them (`fuse_relu`).
+    MABN layers apply the ReLU behind them (`fuse_relu`). A model without norms of `NORMS` is left
+    as Detectron2 builds it.
     """
     model = detectron2_build_model(cfg)
-    renorm = renorm_settings(cfg)
-    for module in model.modules():
-        if isinstance(module, BatchRenorm2d):
-            module.configure(**renorm)
-    configure_mabn(model, **norm_settings(cfg))
-    scale_norm_schedules(model, cfg.SOLVER.get("ACCUMULATION_STEPS", 1))
-    return fuse_relu(model)
+    if any(isinstance(module, norm_layers()) for module in model.modules()):
+        check_paired(model)
+        configure_norms(model, cfg)
+        scale_norm_schedules(model, cfg.SOLVER.get("ACCUMULATION_STEPS", 1))
+        fuse_relu(model)
+    return model
 
 
-def _replace(old, new):
+def replace_everywhere(stock: FunctionType, ours: FunctionType) -> None:
+    """Let every loaded module that holds Detectron2's function `stock` hold `ours` instead.
+
+    Modules that are loaded later import it from where it is defined.
+    """
+    # Also the function of an earlier import of this package.
+    held = {stock, vars(sys.modules[stock.__module__])[stock.__name__]}
+    package = __name__.partition(".")[0]  # whose modules hold the stock function on purpose
     for module in list(sys.modules.values()):
-        for name in [n for n, value in vars(module).items() if value is old] if module else ():
-            if module.__name__ != __name__:
-                setattr(module, name, new)
+        contents = getattr(module, "__dict__", None)  # not every entry is a module
+        if not isinstance(contents, dict) or str(contents.get("__name__")).startswith(package):
+            continue
+        for name, value in list(contents.items()):
+            if isinstance(value, FunctionType) and value in held:
+                setattr(module, name, ours)
+    ours._stock = stock
+    # LazyConfig.save writes this name, which a process without this package knows.
+    ours.__module__ = stock.__module__
 
 
-def register():
-    """Let Detectron2 know "MABN" and "BRN"; called once, by the import of the package."""
-    _replace(detectron2_get_norm, get_norm)
-    _replace(detectron2_build_model, build_model)
+class _NoFalseWarning(logging.Filter):
+    """Drops RetinaNet's warning that one norm for all levels may not work: here each has its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        shared = "Shared BatchNorm" in text
+        return not (shared and any(str(layer) in text for layer in norm_layers()))
+
+
+def register() -> None:
+    """Let Detectron2 know the norms of `NORMS`; called once, by the import of the package."""
+    replace_everywhere(detectron2_get_norm, get_norm)
+    replace_everywhere(detectron2_build_model, build_model)
+    replace_everywhere(detectron2_optimizer_params, get_default_optimizer_params)
     register_module_module_registration_hook(_pair)
     register_module_module_registration_hook(_split_levels)
+    logging.getLogger(retinanet.__name__).addFilter(_NoFalseWarning())

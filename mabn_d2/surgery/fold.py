@@ -1,52 +1,38 @@
-"""From MABN to layers that stock Detectron2 has, without a difference in evaluation.
+"""MABN to stock layers, without a difference in evaluation.
 
 A centred convolution is a convolution with centred filters, and MABN in evaluation,
-y = w x / sqrt(R + eps) + b, is a FrozenBatchNorm2d with the mean 0 and the variance R. Where a head
-has statistics of each level (RetinaNet), one FrozenBatchNorm2d can't hold them; Detectron2's list of
-BatchNorms does.
+y = w x / sqrt(R + eps) + b, is a frozen BatchNorm with the mean 0 and the variance R.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
-from detectron2.modeling.backbone.resnet import CNNBlockBase
 from torch import nn
 
-from ..checkpoint.io import CheckpointError
-from ..checkpoint.state import WINDOWS, check, unwrap
-from ..config import add_mabn_config
-from ..layers import MABN2d, PerLevelNorm, center_weight
-from ..modeling.norm import CENTRED, NORM, detectron2_build_model
+from ..layers import MABN2d, PerLevelNorm
+from .convolutions import is_convolution, per_filter, to_stock
 from .fuse_relu import unfuse_relu
+from .in_place import become
 
 INTO = ("frozen_bn", "conv")
-_STOCK = {centred: stock for stock, centred in CENTRED.items()}
-# What this package registers, and what stock Detectron2 has in its place: the same but for initial
-# weights, and widths and depths that it may not have.
-_STOCK_NAMES = {
-    "build_mabn_resnet_backbone": "build_resnet_backbone",
-    "build_mabn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
-    "build_any_norm_resnet_fpn_backbone": "build_resnet_fpn_backbone",
-    "PublishedConvFCHead": "FastRCNNConvFCHead",
-}
 
 
-class FrozenBatchNormReLU2d(FrozenBatchNorm2d):
-    """FrozenBatchNorm2d for a norm made with activation="relu"; its state is the same."""
+# Stock layers of a library, which `modeling` sets to Detectron2's:
+# "frozen_bn": classes (plain, followed by ReLU) that are made like FrozenBatchNorm2d;
+# "per_level": a function that returns the stock list of BatchNorms for a PerLevelNorm of MABN.
+STOCK: dict[str, Any] = {}
 
-    def forward(self, x):
-        return super().forward(x).relu()
 
-
-def fold_mabn(model, into="frozen_bn"):
+def fold_mabn(model: nn.Module, into: str = "frozen_bn") -> nn.Module:
     """Return a copy of `model` in which centred convolutions and MABN are stock layers.
 
     Args:
-        model: any module; what is neither CenConv2d, CenNormConv2d nor MABN2d is only copied.
-        into: "frozen_bn", a convolution and a FrozenBatchNorm2d with the names of before; or
-            "conv", one convolution with bias:
+        model: any module; what is neither a centred convolution nor MABN is only copied.
+        into: "frozen_bn", a convolution and a FrozenBatchNorm2d with the names of before
+            (Detectron2's class, or torchvision's if Detectron2 is not installed); or "conv", one
+            convolution with bias:
 
                 W' = w / sqrt(R + eps) * (W - mean(W)),  b' = b + w / sqrt(R + eps) * b_conv
 
@@ -59,159 +45,71 @@ def fold_mabn(model, into="frozen_bn"):
     """
     if into not in INTO:
         raise ValueError(f"into is {into!r}: use one of {', '.join(INTO)}")
-    return _fold(unfuse_relu(deepcopy(model)), into)
+    return fold_in_place(unfuse_relu(deepcopy(model)), into)
 
 
-def _fold(model, into):
-    """`fold_mabn` in place, but for a model that is a norm itself; returns the model."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, PerLevelNorm) and isinstance(child[0], MABN2d):
-                setattr(parent, name, _per_level(child))
-    places = list(_norms(model))
+def fold_in_place(model: nn.Module, into: str) -> nn.Module:
+    """Do what `fold_mabn` does in place, in a model without fused ReLU; return the model."""
+    for module in list(model.modules()):
+        if isinstance(module, PerLevelNorm) and isinstance(module[0], MABN2d):
+            if "per_level" not in STOCK:
+                raise ValueError(
+                    "statistics for each level fold to Detectron2's CycleBatchNormList only, and "
+                    "Detectron2 is not installed"
+                )
+            become(module, STOCK["per_level"](module))
+    pairs = list(_pairs(model))
     if isinstance(model, MABN2d):
-        places = [(None, None, "the model", model)]
-    unpaired = [name for _, conv, name, _ in places if conv is None]
+        pairs = [("the model", model, None)]
+    unpaired = [name for name, _, conv in pairs if conv is None]
     if into == "conv" and unpaired:
         raise ValueError(
             f"no convolution in front to fold {', '.join(unpaired)} into: use into='frozen_bn'"
         )
     for module in model.modules():
-        if type(module) in _STOCK:
-            with torch.no_grad():
-                module.weight.copy_(center_weight(module.weight))
-            module.__class__ = _STOCK[type(module)]
-    new = {}  # of each norm, which several modules may share
-    for parent, conv, name, norm in places:
-        if norm not in new:
-            new[norm] = _frozen(norm) if into == "frozen_bn" else _fold_into(conv, norm)
-        if parent is None:
-            return new[norm]
-        # Detectron2's Conv2d has None where it has no norm.
-        inside = parent is conv and type(new[norm]) is nn.Identity
-        setattr(parent, name.rpartition(".")[2], None if inside else new[norm])
+        to_stock(module)
+    folded = set()
+    for _, norm, conv in pairs:
+        if norm not in folded:
+            folded.add(norm)
+            become(norm, _frozen(norm) if into == "frozen_bn" else _fold_into(conv, norm))
+    # Detectron2's Conv2d has None where it has no norm.
+    for module in model.modules():
+        if is_convolution(module) and type(getattr(module, "norm", None)) is nn.Identity:
+            module.norm = None
     return model
 
 
-def _norms(model):
-    """Yield (parent, convolution or None, name, norm) of every place of a MABN layer."""
+def _pairs(model: nn.Module) -> Iterator[tuple[str, MABN2d, nn.Module | None]]:
+    """Yield (name, norm, convolution in front or None) of every place of a MABN layer."""
     for prefix, parent in model.named_modules():
-        conv = parent if isinstance(parent, nn.Conv2d) else None
+        conv = parent if is_convolution(parent) else None
         for name, child in parent._modules.items():  # which, unlike named_children, repeats
             if isinstance(child, MABN2d):
-                yield parent, conv, f"{prefix}.{name}".lstrip("."), child
+                yield f"{prefix}.{name}".lstrip("."), child, conv
             # The norm follows its convolution, as when they were paired.
-            if not isinstance(parent, nn.Conv2d):
-                conv = child if isinstance(child, nn.Conv2d) else None
+            if not is_convolution(parent):
+                conv = child if child is not None and is_convolution(child) else None
 
 
-def _frozen(norm):
-    frozen = FrozenBatchNormReLU2d if norm.activation else FrozenBatchNorm2d
-    frozen = frozen(norm.num_features, norm.eps).to(norm.running_var)
+def _frozen(norm: MABN2d) -> nn.Module:
+    if "frozen_bn" not in STOCK:
+        from .frozen_batch_norm import KINDS
+
+        STOCK["frozen_bn"] = KINDS
+    kinds = STOCK["frozen_bn"]
+    frozen = kinds[norm.activation is not None](norm.num_features, norm.eps).to(norm.running_var)
     with torch.no_grad():
         for name in ("weight", "bias", "running_var"):
             getattr(frozen, name).copy_(getattr(norm, name))
     return frozen.train(norm.training)
 
 
-def _per_level(norms):
-    """Return Detectron2's list of BatchNorms with the statistics of a PerLevelNorm of MABN."""
-    levels = CycleBatchNormList(len(norms), num_features=norms[0].num_features)
-    levels = levels.to(norms[0].running_var)
-    with torch.no_grad():
-        levels.weight.copy_(norms[0].weight)
-        levels.bias.copy_(norms[0].bias)
-        for level, norm in zip(levels, norms, strict=True):
-            # A config has no eps for them.
-            level.running_var.copy_((norm.running_var.double() + norm.eps - level.eps).clamp(min=0))
-    return levels.train(norms.training)
-
-
-def _fold_into(conv, norm):
+def _fold_into(conv: nn.Module, norm: MABN2d) -> nn.Module:
     """Fold `norm` into `conv`, and return what is left of it: its ReLU or nothing."""
     with torch.no_grad():
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         bias = norm.bias.double() + (0 if conv.bias is None else scale * conv.bias)
-        conv.weight.copy_(conv.weight * scale[:, None, None, None])
+        conv.weight = nn.Parameter((conv.weight * per_filter(conv, scale)).to(conv.weight.dtype))
         conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
     return nn.ReLU() if norm.activation else nn.Identity()
-
-
-def load_whole(model, checkpoint):
-    """Load a checkpoint of `model` for evaluation: all entries but the windows, which start empty.
-
-    Raises:
-        CheckpointError: listing entries that are missing, too many or don't fit.
-    """
-    state, _ = unwrap(checkpoint)
-    state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in WINDOWS}
-    model.load_state_dict(check(state, model.state_dict()))
-    return model.eval()
-
-
-def fold_detector(model, cfg, into="frozen_bn"):
-    """Return (folded copy of a built model, config that stock Detectron2 builds its like from).
-
-    With `into` "conv" the ResNet blocks, which have no bias in Detectron2, become "frozen_bn".
-
-    Raises:
-        CheckpointError: if stock Detectron2 does not build such a model.
-    """
-    model = unfuse_relu(deepcopy(model))  # stock models have the ReLU in its own place
-    for module in list(model.modules()):
-        if isinstance(module, CNNBlockBase):
-            _fold(module, "frozen_bn")
-    model, stock = _fold(model, into), stock_config(cfg, into)
-
-    on_meta = stock.clone()
-    on_meta.MODEL.DEVICE = "meta"
-    try:
-        with torch.device("meta"):
-            detectron2_build_model(on_meta).load_state_dict(model.state_dict(), strict=True)
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"stock Detectron2 has no config for this model: {reason}") from error
-    return model, stock
-
-
-def stock_config(cfg, into="frozen_bn"):
-    """Return a copy of `cfg` without MABN, for stock Detectron2 and a model folded `into`."""
-    stock, extended = get_cfg(), get_cfg()
-    add_mabn_config(extended)
-    new = cfg.clone()
-    new.defrost()
-    _delete(new, extended, stock)
-    for node in (new.MODEL, *new.MODEL.values()):
-        if hasattr(node, "get") and node.get("NORM") == NORM:
-            node.NORM = "FrozenBN" if into == "frozen_bn" else ""
-    if cfg.MODEL.RETINANET.NORM == NORM:
-        new.MODEL.RETINANET.NORM = "BN"  # the list of a BatchNorm for each level, see `_per_level`
-    if cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_"):  # MABN whatever NORM says
-        new.MODEL.FPN.NORM = "FrozenBN" if into == "frozen_bn" else ""
-    if cfg.MODEL.RESNETS.NORM == NORM:
-        new.MODEL.RESNETS.NORM = "FrozenBN"  # either way: the blocks have no bias
-    for node in (new.MODEL.BACKBONE, new.MODEL.ROI_BOX_HEAD):
-        node.NAME = _STOCK_NAMES.get(node.NAME, node.NAME)
-    return new
-
-
-def _delete(node, extended, stock):
-    """Delete the keys that `extended` has beside those of `stock`."""
-    for key, value in extended.items():
-        if key not in stock:
-            node.pop(key, None)
-        elif isinstance(value, CfgNode):
-            _delete(node[key], value, stock[key])
-
-
-def changed(node, default):
-    """Return the part of a config node that differs from `default`, as nested dicts."""
-    result = {}
-    for key, value in node.items():
-        if isinstance(value, dict) and isinstance(default.get(key), dict):
-            value = changed(value, default[key])
-            if value:
-                result[key] = value
-        elif key not in default or value != default[key]:
-            result[key] = value
-    return result

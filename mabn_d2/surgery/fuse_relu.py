@@ -1,86 +1,49 @@
-"""MABN and the ReLU behind it as one layer, in Detectron2's models.
+"""MABN and the ReLU behind it as one layer.
 
-`MABN2d(activation="relu")` takes about half the time of a norm and a ReLU. Detectron2 has the ReLU
-in three forms, which are fused in place so that the keys of a state dict, and the plain lists that
+`MABN2d(activation="relu")` takes about half the time of a norm and a ReLU. The ReLU stands in one of
+three forms, which are fused in place so that the keys of a state dict, and the plain lists that
 models keep of their parts, stay as they are:
 
-- an argument `activation` of its Conv2d (box, mask and semantic segmentation heads, ASPP): an
-  `Applied` takes its place;
-- a module of its own behind the norm, in what runs its children in turn (RetinaNet, FCOS, RegNet):
-  the same;
-- a call in the forward of a ResNet's stem or block: the class is exchanged for one without it. The
-  last norm of a block is added to the shortcut before the ReLU, and can't have it.
+- an argument `activation` of a convolution that holds its norm (Detectron2's Conv2d in box, mask and
+  semantic segmentation heads, ASPP): an `Applied` takes its place;
+- a module behind the norm, in a module that runs its children in turn (nn.Sequential; in Detectron2
+  RetinaNet, FCOS, RegNet): the same;
+- a call in the forward of a block (Detectron2's ResNet): the class is exchanged for one without it.
+
+The classes of Detectron2 are registered by `modeling`.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d
-from detectron2.modeling.backbone import regnet
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
+
+# {class of a block: the class without the ReLU behind its convolutions `with_relu`}. Looked up by
+# the exact type: subclasses have forwards of their own.
+FUSED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {}
+# Classes of convolutions that run their `norm` and then their `activation`.
+CONVS_WITH_ACTIVATION: set[type[nn.Module]] = set()
+# Forwards that run the module's children in turn.
+RUN_IN_TURN = {nn.Sequential.forward}
 
 
 class Applied(nn.Module):
     """Stands in the place of `relu`, which the norm in front applies."""
 
-    def __init__(self, relu):
+    def __init__(self, relu: nn.Module):
         super().__init__()
         self.relu = relu
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
-# The forwards of Detectron2's classes without the ReLU behind the convolutions `with_relu`, whose
-# norms have it.
-
-
-class FusedBasicStem(BasicStem):
-    with_relu = ("conv1",)
-
-    def forward(self, x):
-        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
-
-
-class FusedBasicBlock(BasicBlock):
-    with_relu = ("conv1",)
-
-    def forward(self, x):
-        out = self.conv2(self.conv1(x))
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
-
-
-class FusedBottleneckBlock(BottleneckBlock):
-    with_relu = ("conv1", "conv2")
-
-    def forward(self, x):
-        out = self.conv3(self.conv2(self.conv1(x)))
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
-
-
-# Looked up by the exact type: subclasses have forwards of their own.
-_FUSED = {cls.__base__: cls for cls in (FusedBasicStem, FusedBasicBlock, FusedBottleneckBlock)}
-_RUN_IN_TURN = {
-    cls.forward
-    for cls in (
-        nn.Sequential,
-        regnet.ResStem,
-        regnet.SimpleStem,
-        regnet.VanillaBlock,
-        regnet.BasicTransform,
-        regnet.BottleneckTransform,
-    )
-}
-
-
-def fuse_relu(model):
+def fuse_relu(model: nn.Module) -> nn.Module:
     """Give every MABN layer that a ReLU follows that ReLU, in place; return the model.
 
     What the model computes, its state dict and its parameters stay. Norms that several places
@@ -94,8 +57,8 @@ def fuse_relu(model):
         )
 
     for module in list(model.modules()):
-        if type(module) in _FUSED:
-            fused = _FUSED[type(module)]
+        if type(module) in FUSED_BLOCKS:
+            fused = FUSED_BLOCKS[type(module)]
             convs = [getattr(module, name) for name in fused.with_relu]
             if all(uses[conv] == 1 and can_have(conv.norm) for conv in convs):
                 module.__class__ = fused
@@ -108,17 +71,18 @@ def fuse_relu(model):
     return model
 
 
-def unfuse_relu(model):
+def unfuse_relu(model: nn.Module) -> nn.Module:
     """Undo `fuse_relu`, in place; return the model.
 
     A function in the place of Conv2d's `activation` comes back as nn.ReLU. Layers that were made
     with activation="relu" keep it.
     """
+    unfused = {fused: block for block, fused in FUSED_BLOCKS.items()}
     for module in list(model.modules()):
-        if type(module) in _FUSED.values():
+        if type(module) in unfused:
             for name in module.with_relu:
                 _set_activation(getattr(module, name).norm, None)
-            module.__class__ = type(module).__base__
+            module.__class__ = unfused[type(module)]
         for norm, name, applied in _followed(module):
             if isinstance(applied, Applied):
                 _set_activation(norm, None)
@@ -126,11 +90,11 @@ def unfuse_relu(model):
     return model
 
 
-def _followed(module):
+def _followed(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Yield (child, name of what runs next on its output, what that is) of a module's children."""
-    if isinstance(module, Conv2d):
+    if isinstance(module, tuple(CONVS_WITH_ACTIVATION)):
         yield module.norm, "activation", module.activation
-    elif type(module).forward in _RUN_IN_TURN:
+    elif type(module).forward in RUN_IN_TURN:
         for (_, child), (name, following) in pairwise(list(module._modules.items())):
             yield child, name, following
 

@@ -6,7 +6,6 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import MABN2d
@@ -161,6 +160,6 @@ def _second_moment(model, layer, batches, calls):
                 pass
     finally:
         hook.remove()
-    if comm.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return total[:-1] / total[-1] if total[-1] > 0 else None

@@ -1,6 +1,5 @@
 """checkpoint/detector.py: maskrcnn-benchmark's names, made from a model with known outputs."""
 
-
 import pytest
 import torch
 

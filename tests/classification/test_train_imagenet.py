@@ -10,7 +10,7 @@ import train_imagenet
 from classifying import ENVIRONMENT, RANKS, arguments, damage, load, make_data, read_log, train
 from mabn_d2.checkpoint.io import CheckpointError
 from mabn_d2.classification.image_folder import Images, ImagesError, val_transform
-from mabn_d2.classification.models import ARCHS, NORMS, build_classifier
+from mabn_d2.classification.models import ARCHS, build_classifier, norm_names
 from paths import ROOT
 
 
@@ -65,7 +65,7 @@ def test_two_processes_count_each_image_once(tmp_path):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", norm_names())
 def test_every_norm_trains_in_either_memory_format(data, tmp_path, norm, channels_last):
     train(
         data,

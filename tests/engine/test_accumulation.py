@@ -14,7 +14,7 @@ from mabn_d2.data.batches import TrainingBatches
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.engine.guarded_trainer import GuardedDDP, GuardedTrainer
 from mabn_d2.layers import BatchRenorm2d, MABN2d
-from mabn_d2.modeling.norm import norm_settings
+from mabn_d2.modeling.norm_table import norm_settings
 
 NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 

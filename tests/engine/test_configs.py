@@ -10,7 +10,7 @@ from torch import nn
 from inputs import training_inputs
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import MABN2d
-from mabn_d2.modeling.norm import CenNormConv2d
+from mabn_d2.modeling.convolutions import CenNormConv2d
 from mabn_d2.solver import build_optimizer
 from paths import ROOT
 

@@ -46,7 +46,7 @@ def test_any_options(tmp_path_factory, pairs, odd):
         assert str(error) and "\n" not in str(error)
     else:
         from mabn_d2.layers import MABN2d
-        from mabn_d2.modeling.norm import norm_settings
+        from mabn_d2.modeling.norm_table import norm_settings
 
         MABN2d(4, **norm_settings(cfg))
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import MABN2d
-from mabn_d2.modeling.norm import CenNormConv2d, build_model
+from mabn_d2.modeling.convolutions import CenNormConv2d
+from mabn_d2.modeling.norm import build_model
 from repository_configs import load, narrow
 
 

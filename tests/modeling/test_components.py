@@ -25,7 +25,7 @@ from detectors import narrow_cfg
 from inputs import training_inputs
 from mabn_d2 import add_mabn_config
 from mabn_d2.layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
-from mabn_d2.modeling.norm import CenNormConv2d
+from mabn_d2.modeling.convolutions import CenNormConv2d
 from mabn_d2.solver import build_optimizer
 
 

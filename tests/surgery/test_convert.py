@@ -16,7 +16,7 @@ from detectors import narrow_cfg
 from inputs import training_inputs
 from mabn_d2 import convert_mabn, fold_mabn
 from mabn_d2.layers import CenConv2d, MABN2d, PerLevelNorm
-from mabn_d2.modeling.norm import norm_settings
+from mabn_d2.modeling.norm_table import norm_settings
 
 
 def kinds(model):

@@ -11,9 +11,10 @@ from torch import nn
 
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
 from mabn_d2 import CheckpointError, add_mabn_config, fold_mabn
+from mabn_d2.checkpoint import fold_detector
 from mabn_d2.layers import CenConv2d, MABN2d
-from mabn_d2.modeling.norm import CenNormConv2d, build_model
-from mabn_d2.surgery.fold import fold_detector
+from mabn_d2.modeling.convolutions import CenNormConv2d
+from mabn_d2.modeling.norm import build_model
 from paths import ROOT
 
 STOCK = """

@@ -6,6 +6,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ...layers import MABN2d, functional
+from ...modeling.norm_table import norm_layers
 
 
 class Moving:
@@ -64,7 +65,7 @@ class LogStatistics(HookBase):
       It has no EMA of psi; the one written is this hook's, to compare. `r` by the statistic it is
       computed from: `window`, the layer's, and `batch`, sqrt(x2 + eps) / sqrt(running_var + eps) without
       a bound. `r_clipped/window` is the share of channels whose r is at its bound;
-    - of BatchNorm: `mean`, `var`, `g` = E[g] and `psi` = E[g z], the four of the paper's section 3. It
+    - of BatchNorm and other norms: `mean`, `var`, `g` = E[g] and `psi` = E[g z], the four of the paper's section 3. It
       uses `batch`; `window` and `ema` are this hook's: what MABN's averages of them would be. (Of
       SyncBatchNorm they are those of one rank.)
 
@@ -76,19 +77,19 @@ class LogStatistics(HookBase):
         window, momentum: m and a of the averages over BatchNorm's statistics.
         grad_scaler: what the loss is scaled by, if it is.
     Raises:
-        ValueError: for a name that is no MABN or BatchNorm layer of the model.
+        ValueError: for a name that is not a BatchNorm layer, or one of `NORMS`, in the model.
     """
 
     def __init__(self, model, period, layers=(), window=16, momentum=0.98, grad_scaler=None):
         norms = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, (MABN2d, nn.modules.batchnorm._BatchNorm))
+            if isinstance(module, (*norm_layers(), nn.modules.batchnorm._BatchNorm))
         }
         wrong = [name for name in layers if name not in norms]
         if wrong or not norms:
             raise ValueError(
-                f"no MABN or BatchNorm layer to watch is named {wrong[0] if wrong else '...'!r}; "
+                f"no MABN, BRN or BatchNorm layer to watch is named {wrong[0] if wrong else '...'!r}; "
                 f"there are {', '.join(norms) or 'none: switch the logging off'}"
             )
         names = sorted(norms, key=forward_order)

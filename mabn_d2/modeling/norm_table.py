@@ -1,0 +1,142 @@
+"""The norms of this package: one row for each, which everything else looks up.
+
+`get_norm`, the solver (weight decay of norms), the config check, the statistics hook, the LazyConfig
+tool, the classifier and the benchmark read this table. A name in lower case is the norm's name on
+command lines and the key of its settings in a LazyConfig's `train`.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
+
+from ..layers import BatchRenorm2d, MABN2d, SplitBatchRenorm2d
+
+
+@dataclass(frozen=True)
+class NormType:
+    """One norm.
+
+    Attributes:
+        layer: made as `layer(num_features, **settings)`, with a method `configure(**settings)`.
+        settings: returns the settings of a layer that a config asks for, from its node `MODEL.<name>`.
+        split_layer: makes the form for normalization batches smaller than the batch (classification)
+            as `split_layer(num_features, batch_size=..., **settings)`; None if there is none.
+        needs_centring: whether the convolution in front has to be centred.
+        has_window: whether the layer averages over a window of `simulated_batch_size` images.
+    """
+
+    layer: type[nn.Module]
+    settings: Callable[[CfgNode], dict[str, Any]]
+    split_layer: Callable[..., nn.Module] | None = None
+    needs_centring: bool = False
+    has_window: bool = False
+
+
+def norm_settings(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of MABN2d that the node MODEL.MABN asks for; defaults without a node.
+
+    BATCH_SIZE 0 means the images of one forward: those of one GPU in one iteration, divided by
+    SOLVER.ACCUMULATION_STEPS. The window is then rounded up to a whole number of forwards.
+    WARMUP_ITERS and CLIP_START are in optimizer iterations (see `scale_norm_schedules`).
+
+    Raises:
+        ValueError: if BATCH_SIZE is given and does not divide SIMULATED_BATCH_SIZE.
+    """
+    node = cfg.MODEL.get("MABN")
+    batch_size = node.BATCH_SIZE if node else 0
+    simulated = node.SIMULATED_BATCH_SIZE if node else 32
+    if batch_size == 0:
+        # At least 1: a model may be built with fewer images than workers, to be looked at.
+        micro_batches = comm.get_world_size() * cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
+        batch_size = max(cfg.SOLVER.IMS_PER_BATCH // micro_batches, 1)
+        wanted, simulated = simulated, math.ceil(simulated / batch_size) * batch_size
+        if simulated != wanted:
+            logging.getLogger(__name__).warning(
+                f"MODEL.MABN.SIMULATED_BATCH_SIZE is {wanted}, not a multiple of the {batch_size} "
+                f"images of one GPU: the window spans {simulated}"
+            )
+    elif simulated % batch_size:
+        raise ValueError(
+            f"MODEL.MABN.BATCH_SIZE ({batch_size}) does not divide MODEL.MABN."
+            f"SIMULATED_BATCH_SIZE ({simulated}): change one, or set BATCH_SIZE to 0, the images "
+            "of one GPU"
+        )
+    settings = {"batch_size": batch_size, "simulated_batch_size": simulated}
+    if node:
+        settings |= {
+            "eps": node.EPS,
+            "momentum": node.MOMENTUM,
+            "warmup_iters": node.WARMUP_ITERS,
+            "clip_start": node.CLIP_START,
+            "clip_limit": node.CLIP_LIMIT,
+        }
+    return settings
+
+
+def renorm_settings(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of BatchRenorm2d from the node MODEL.BRN; none without a node."""
+    return {name.lower(): value for name, value in cfg.MODEL.get("BRN", {}).items()}
+
+
+NORMS: dict[str, NormType] = {
+    "MABN": NormType(
+        MABN2d,
+        norm_settings,
+        partial(MABN2d, split_batch=True),
+        needs_centring=True,
+        has_window=True,
+    ),
+    "BRN": NormType(BatchRenorm2d, renorm_settings, SplitBatchRenorm2d),
+}
+
+
+def norm_layers() -> tuple[type[nn.Module], ...]:
+    """Return the layer classes of all rows."""
+    classes = (cls for row in NORMS.values() for cls in (row.layer, row.split_layer))
+    return tuple(cls for cls in classes if isinstance(cls, type))
+
+
+def configure_norms(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Configure the layers of every row from a config; return the model.
+
+    The settings of a norm that the model does not have are not computed.
+    """
+    for row in NORMS.values():
+        layers = [module for module in model.modules() if isinstance(module, row.layer)]
+        if layers:
+            settings = row.settings(cfg)
+            for layer in layers:
+                layer.configure(**settings)
+    return model
+
+
+def configure_norms_by_name(
+    model: nn.Module, settings: Mapping[str, Mapping[str, Any]]
+) -> nn.Module:
+    """Configure the layers of every row from {name in lower case: arguments}; return the model."""
+    for name, row in NORMS.items():
+        for module in model.modules():
+            if isinstance(module, row.layer):
+                module.configure(**settings.get(name.lower(), {}))
+    return model
+
+
+def scale_norm_schedules(model: nn.Module, accumulation_steps: int) -> None:
+    """Let norms whose schedule is in optimizer iterations count micro-batches instead.
+
+    Args:
+        model: its norms as `configure` left them; those with a `scale_schedule` are changed.
+        accumulation_steps: micro-batches in one optimizer iteration; with 1 nothing changes.
+    """
+    if accumulation_steps == 1:
+        return
+    for module in model.modules():
+        if hasattr(module, "scale_schedule"):
+            module.scale_schedule(accumulation_steps)
