@@ -67,7 +67,7 @@ def test_detector():
     [
         (["layer", "--norms", "bn,weight"], "norm 'weight' is not available on cpu: bn, bn_relu, "),
         (["layer", "--norms", "syncbn"], "norm 'syncbn' is not available on cpu"),
-        (["step", "--norms", "in"], "norm 'in' is not available on cpu: bn, gn, ln, mabn are"),
+        (["step", "--norms", "in"], "norm 'in' is not available on cpu: bn, gn, ln, mabn, brn are"),
         (["layer", "--dtype", "fp8"], "'fp8' is none of fp32, bf16, fp16"),
         (["layer", "--clock", "cuda"], "--clock cuda goes with --device cuda"),
     ],
