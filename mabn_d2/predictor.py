@@ -14,9 +14,10 @@ from torch import nn
 
 from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.description import classes_of, config_of
+from .checkpoint.stock_detector import load_whole
 from .data.mapper import NamingMapper
 from .modeling.norm import build_model
-from .surgery.fold import fold_mabn, load_whole
+from .surgery.fold import fold_mabn
 
 
 class Predictor:

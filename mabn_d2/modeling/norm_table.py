@@ -9,14 +9,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from ..layers import BatchRenorm2d, MABN2d, SplitBatchRenorm2d
+from ..layers import BatchRenorm2d, MABN2d, SplitBatchRenorm2d, SplitMABN2d
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ NORMS: dict[str, NormType] = {
     "MABN": NormType(
         MABN2d,
         norm_settings,
-        partial(MABN2d, split_batch=True),
+        SplitMABN2d,
         needs_centring=True,
         has_window=True,
     ),
