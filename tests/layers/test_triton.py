@@ -1,21 +1,22 @@
-"""The Triton operators: their values in Triton's interpreter on a CPU, their compilation, a GPU.
+"""The Triton backend: its values in Triton's interpreter, how it arranges its work, and a GPU.
 
 Triton decides when it is imported whether it interprets. So `check_*` are tests only of a process
 of their own, which `test_values_in_the_interpreter` starts; the tests on a GPU call them.
 """
 
-import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
+import triton_checks
 from mabn_d2.layers import MABN2d
-from mabn_d2.layers.ops import cpu_ops, triton_ops
+from mabn_d2.layers.ops import triton_launch, triton_ops
 from paths import ROOT
-from reference import FORMATS, assert_close
+from reference import FORMATS
 
 pytestmark = pytest.mark.skipif(
     triton_ops.unavailable() is not None, reason=str(triton_ops.unavailable())
@@ -23,10 +24,11 @@ pytestmark = pytest.mark.skipif(
 DTYPES = list(triton_ops.DTYPES)
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 1), (1, 70, 13, 7), (4, 6, 7, 6), (9, 2, 3, 3), (1, 2, 50, 43)]
 # Tiles so small that every loop turns more than once, and offsets of 64 bits.
-SMALL = {"TILE": 256, "PROGRAMS": 6, "WIDE_CHANNELS": 16, "SUMS_CHANNELS": 8, "WIDE": 0}
-SMALL |= {"FINISH_TILE": 64, "FINISH_CHANNELS": 32}
+SMALL = {"TILE": 256, "WIDE_CHANNELS": 16, "SUMS_CHANNELS": 8, "WIDE": 0}
+SMALL |= {"FINISH_TILE": 32, "FINISH_CHANNELS": 32, "GROUP_CHANNELS": 8}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_format = pytest.mark.parametrize("memory_format", FORMATS)
+every_form = pytest.mark.parametrize("form", triton_checks.FORMS)
 every_shape = pytest.mark.parametrize(
     "shape, rows", [(shape, rows) for shape in SHAPES for rows in (False, True)]
 )
@@ -36,41 +38,23 @@ every_shape = pytest.mark.parametrize(
 def small_tiles(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(triton_ops, name, value)
+    monkeypatch.setattr(triton_launch, "INTERPRETED_PROGRAMS", 6)
+    triton_ops.forget_plans()
+    yield
+    triton_ops.forget_plans()
 
 
 @every_dtype
 @every_format
 @every_shape
-def check_passes(shape, rows, memory_format, dtype, device="cpu"):
-    dy, x = torch.randn(2, *shape, device=device).to(dtype)
-    dy, x = (tensor.contiguous(memory_format=memory_format) for tensor in (dy, x))
-    vectors = torch.randn(4, *shape[:2] if rows else shape[1:2], device=device)
-    a, b, c, d = vectors
-    scale, shift, scale_x, other = vectors.double()[..., None, None]
-    g, value = dy.double(), x.double()
-    gated = torch.where(scale * value + shift <= 0, 0, g)
-    for found, wanted in (
-        (triton_ops.affine(x, a, b), scale * value + shift),
-        (triton_ops.affine(x, a, b, True), (scale * value + shift).relu()),
-        (triton_ops.combine(dy, x, a, c), scale * g + scale_x * value),
-        (triton_ops.combine(dy, x, a, c, d), scale * g + scale_x * value + other),
-        (triton_ops.combine(dy, x, a, c, None, b), scale * gated + scale_x * value),
-    ):
-        assert_close(found, wanted, dtype)
-        assert found.dtype == dtype and found.stride() == x.stride()
-    axes = (2, 3) if rows else (0, 2, 3)
-    for wanted_g, relu in (g, ()), (gated, (a, b)):
-        sums = triton_ops.product_sums(dy, x, rows, *relu)
-        for found, wanted in zip(sums, (wanted_g * value, wanted_g), strict=True):
-            assert found.dtype == torch.float32
-            size = wanted.abs().sum(axes).max().item()
-            assert_close(found, wanted.sum(axes), found.dtype, scale=size)
+def check_passes(shape, rows, memory_format, dtype):
+    triton_checks.check_passes(shape, rows, memory_format, dtype)
 
 
 @every_format
 @every_shape
 def check_passes_in_small_tiles(shape, rows, memory_format, small_tiles):
-    check_passes(shape, rows, memory_format, torch.bfloat16)
+    triton_checks.check_passes(shape, rows, memory_format, torch.bfloat16)
 
 
 def check_nan_passes_the_relu(device="cpu"):
@@ -79,66 +63,66 @@ def check_nan_passes_the_relu(device="cpu"):
     assert y[0].isnan() and y[1:].tolist() == [0, 1, torch.inf]
 
 
-def assert_same(found, wanted, dtype):
-    finite = wanted.isfinite().cpu()
-    assert torch.equal(found.isfinite().cpu(), finite)
-    zero = torch.zeros(())
-    assert_close(found.cpu().where(finite, zero), wanted.cpu().where(finite, zero), dtype, factor=2)
-
-
+@every_form
+@pytest.mark.parametrize("relu, memory_format", [(True, FORMATS[0]), (False, FORMATS[1])])
 @every_dtype
-@pytest.mark.parametrize("activation, memory_format", [("relu", FORMATS[0]), (None, FORMATS[1])])
-def check_layer(activation, memory_format, dtype, shape=(2, 6, 7, 6), device="cpu"):
-    """Warm-up, window, clipping, rejection, uncounted forwards: against the layer without it."""
-    settings = {"warmup_iters": 6, "clip_start": 9, "clip_limit": 1.2}
-    layer = MABN2d(shape[1], 1e-4, 0.7, 1, 4, **settings, activation=activation)
-    torch.nn.init.normal_(layer.weight)
-    torch.nn.init.normal_(layer.bias)
-    twin = copy.deepcopy(layer).to(device)
-    state = twin.buffer_x2, twin.running_var, twin.iters, twin.rejected
-    for t in range(20):
-        dy, x = (torch.randn(2, *shape) * (1 + t % 3)).to(dtype)
-        if t in (7, 11):
-            x[0, t - 7, 0, 0] = torch.nan
-        if t == 13:
-            dy[0, 2, 1, 0] = torch.inf
-        counts = t not in (3, 16)
-        own = x.to(device).contiguous(memory_format=memory_format).detach().requires_grad_()
-        leaf = x.to(torch.float32, copy=True).requires_grad_()
-        layer.zero_grad()
-        twin.zero_grad()
-        with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(counts):
-            patch.setattr(cpu_ops, "OPERATORS", None)
-            wanted = layer(leaf)
-            y, statistics = triton_ops.mabn(
-                own,
-                twin.weight,
-                twin.bias,
-                twin.buffer_gz,
-                *state,
-                *layer._schedule,
-                counts,
-                activation is not None,
-                0,
-            )
-            if counts:
-                wanted.backward(dy.float())
-                y.backward(dy.to(device))
-        assert_same(y, wanted, dtype)
-        pairs = [*zip(statistics, layer.last, strict=True)]
-        pairs += zip(twin.buffers(), layer.buffers(), strict=True)
-        if counts:
-            assert_same(own.grad, leaf.grad, dtype)
-            pairs += [(twin.weight.grad, layer.weight.grad), (twin.bias.grad, layer.bias.grad)]
-        for found, expected in pairs:
-            assert found.dtype == expected.dtype and found.shape == expected.shape
-            assert_same(found, expected, torch.float32)
-    assert twin.iters.item() == 16 and twin.rejected.item() == 2
+def check_layer(form, relu, memory_format, dtype):
+    steps = triton_checks.STEPS if dtype == torch.float32 else triton_checks.FEW_STEPS
+    triton_checks.check_layer(form, relu, memory_format, dtype, steps=steps)
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 7, 8), (1, 70, 2, 1)], ids=str)
-def check_layer_in_small_tiles(shape, small_tiles):
-    check_layer("relu", torch.contiguous_format, torch.float32, shape)
+@every_form
+@pytest.mark.parametrize("shape", [(3, 6, 7, 8), (11, 2, 3, 3), (1, 70, 2, 1)], ids=str)
+def check_layer_in_small_tiles(form, shape, small_tiles):
+    steps = triton_checks.FEW_STEPS
+    triton_checks.check_layer(form, True, FORMATS[0], torch.float32, shape, steps=steps)
+
+
+@every_form
+def check_layer_in_half_precision(form):
+    bfloat16 = torch.bfloat16
+    options = {"steps": triton_checks.FEW_STEPS, "parameter_dtype": bfloat16}
+    triton_checks.check_layer(form, True, FORMATS[1], bfloat16, **options)
+
+
+@every_format
+def check_same_relu_both_ways(memory_format):
+    triton_checks.check_same_relu_both_ways(memory_format)
+
+
+def check_no_gradient():
+    triton_checks.check_no_gradient()
+
+
+STRAIGHT = 5  # iterations, the window has 4 rows
+
+
+@every_form
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def check_repeated_forward(form, use_reentrant, monkeypatch):
+    """A forward that activation checkpointing repeats gives the same gradients and state."""
+    monkeypatch.setattr("mabn_d2.layers.mabn.select_backend", lambda *_, **__: triton_ops)
+    split = {"split_batch": True} if form == "split" else {}
+    results = []
+    for repeated in (False, True):
+        torch.manual_seed(0)
+        layer = MABN2d(
+            4, batch_size=2, simulated_batch_size=8, warmup_iters=2, clip_start=2, **split
+        )
+        for _ in range(STRAIGHT):
+            x, dy = torch.randn(2, 4, 4, 5, 5)
+            x.requires_grad_()
+            layer.zero_grad()
+            if repeated:
+                y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+            else:
+                y = layer(x)
+            y.backward(dy)
+            results.append([y.detach(), x.grad, layer.weight.grad, *layer.buffers()])
+            results[-1] = [tensor.clone() for tensor in results[-1]]
+    for straight, again in zip(results[:STRAIGHT], results[STRAIGHT:], strict=True):
+        for wanted, found in zip(straight, again, strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def check_bad_input_is_refused():
@@ -166,100 +150,134 @@ def test_a_cpu_is_not_taken():
     assert "cpu" in triton_ops.unsupported(torch.ones(1, 2, 3, 4))
 
 
-def compiled(kernel, arguments, constants, capability):
-    """Compile what a launch with these arguments would, without a GPU; return its PTX."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import mangle_type
-
-    values = dict(zip(kernel.arg_names, arguments)) | constants
-    options = {"num_warps": values.pop("num_warps", 4)}
-    signature, fixed, attributes = {}, {}, {}
-    for k, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        special = type(value) is int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value == 1):
-            signature[parameter.name], fixed[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
-            attributes[(k,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, fixed, attributes)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), options).asm["ptx"]
-
-
-@every_dtype
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_to_vector_accesses(dtype, capability, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launches = []
-    monkeypatch.setattr(
-        triton_ops,
-        "_launch",
-        lambda kernel, programs, x, *values, **constants: launches.append(
-            (kernel, values, constants)
-        ),
-    )
-    v, window, one = torch.zeros(32), torch.zeros(16, 32), torch.zeros(1, dtype=torch.int64)
-    for shape, memory_format in zip(
-        [(2, 32, 60, 70), (2, 32, 7, 7), (2, 32, 25, 42)], [FORMATS[0], *FORMATS], strict=True
-    ):
-        x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
-        schedule = (1e-5, 0.98, 100, 1000, 5.0, True)
-        triton_ops.normalize(x, v, v, window, v, one, one, *schedule, True)
-        triton_ops.normalize_backward(x, x, v, v, v, v, window, one, one.bool())
-    rows = torch.zeros(2, 32)
-    monkeypatch.setattr(triton_ops, "WIDE", 0)
-    triton_ops.product_sums(x, x, True)
-    triton_ops.combine(x, x, rows, rows, rows)
-    triton_ops.affine(x.contiguous()[:, :, :7, :7].contiguous(), rows, rows)
-    for kernel, values, constants in launches:
-        assert "ld.global.v4.b32" in compiled(kernel, values, constants, capability)
+@pytest.mark.parametrize(
+    "registers, threads, programs",
+    [(32, 2048, 16), (33, 2048, 12), (64, 2048, 8), (95, 2048, 5), (255, 2048, 2), (32, 1536, 12)],
+)
+def test_programs_that_fit(registers, threads, programs):
+    """A thread's registers are given in units of 8; a program has 128 threads."""
+    assert triton_launch.programs_that_fit(registers, 132, threads) == 132 * programs
 
 
 @pytest.mark.gpu
 @every_dtype
 @every_format
-def test_values_on_a_gpu(memory_format, dtype):
+def test_passes_on_a_gpu(memory_format, dtype):
     for shape in *SHAPES, (2, 64, 200, 336), (2, 1024, 50, 84), (600, 256, 7, 7):
         for rows in False, True:
-            check_passes(shape, rows, memory_format, dtype, "cuda")
-    for activation in None, "relu":
-        for shape in (2, 6, 7, 6), (2, 1100, 2, 1):
-            check_layer(activation, memory_format, dtype, shape, "cuda")
+            for offset in 0, 1:
+                triton_checks.check_passes(shape, rows, memory_format, dtype, "cuda", offset)
     check_nan_passes_the_relu("cuda")
 
 
 @pytest.mark.gpu
-def test_graph_capture():
-    x, dy = torch.randn(2, 3, 8, 20, 30, device="cuda").unbind()
-    weight, bias, *statistics = torch.rand(5, 8, device="cuda")
-    windows = torch.zeros(2, 4, 8, device="cuda")
-    counters = torch.zeros(2, 1, dtype=torch.int64, device="cuda")
-    state = [statistics[0], windows, counters]
-    start = [tensor.clone() for tensor in state]
+@every_form
+@every_dtype
+@every_format
+def test_layer_on_a_gpu(form, memory_format, dtype):
+    for relu in False, True:
+        for shape in (3, 6, 7, 6), (2, 1100, 2, 1), (5, 300, 33, 21):
+            for offset in 0, 1:
+                triton_checks.check_layer(
+                    form, relu, memory_format, dtype, shape, "cuda", offset=offset
+                )
 
-    def step():
-        schedule = (1e-5, 0.98, 3, 5, 5.0, True, True)
-        y, *others, var, r_std, scale = triton_ops.normalize(
-            x, weight, bias, windows[0], statistics[0], *counters, *schedule
-        )
-        return y, *triton_ops.normalize_backward(
-            dy, x, scale, bias, var, r_std, windows[1], *others[3:5]
-        )
 
-    step()  # compiles
-    wanted = []
-    for tensor, value in zip(state, start, strict=True):
-        tensor.copy_(value)
-    for _ in range(8):
-        wanted.append([*step(), *(tensor.clone() for tensor in state)])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    for tensor, value in zip(state, start, strict=True):
-        tensor.copy_(value)
+def layer_and_input(form, shape=(6, 96, 33, 35), device="cuda"):
+    layer = MABN2d(
+        shape[1],
+        batch_size=2,
+        simulated_batch_size=8,
+        warmup_iters=3,
+        clip_start=4,
+        activation="relu",
+        split_batch=form == "split",
+    ).to(device)
+    return layer, torch.randn(2, *shape, device=device)
+
+
+def step(layer, x, dy):
+    """Return everything that a step computes, copied."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy)
+    found = [y.detach(), x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()]
+    return [tensor.clone() for tensor in found]
+
+
+@pytest.mark.gpu
+@every_form
+def test_equal_runs(form):
+    """Which program finishes the sums differs from run to run, the results do not."""
+    layer, (x, dy) = layer_and_input(form)
+    start = {name: value.clone() for name, value in layer.state_dict().items()}
+    wanted = step(layer, x, dy)
+    for _ in range(200):
+        layer.load_state_dict(start)
+        assert all(torch.equal(*pair) for pair in zip(step(layer, x, dy), wanted, strict=True))
+
+
+@pytest.mark.gpu
+@every_form
+def test_streams_at_the_same_time(form):
+    """Layers on streams of their own do not share the counters of the programs that finish."""
+    layers, inputs = zip(*[layer_and_input(form) for _ in range(4)], strict=True)
+    twins = [layer_and_input(form)[0] for _ in range(4)]
+    for twin, layer in zip(twins, layers, strict=True):
+        twin.load_state_dict(layer.state_dict())
+    wanted = [
+        [step(twin, *tensors) for _ in range(10)]
+        for twin, tensors in zip(twins, inputs, strict=True)
+    ]
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    found = [[] for _ in layers]
+    for _ in range(10):
+        for k, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found[k].append(step(layers[k], *inputs[k]))
+    torch.cuda.synchronize()
+    for steps, expected in zip(found, wanted, strict=True):
+        for values, others in zip(steps, expected, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(values, others, strict=True))
+
+
+@pytest.mark.gpu
+@every_form
+def test_graph_capture(form):
+    """Replays equal the same steps outside of a graph, two graphs on two streams too."""
+    layers = [layer_and_input(form)[0] for _ in range(2)]
+    _, (x, dy) = layer_and_input(form)
+    start = {name: value.clone() for name, value in layers[0].state_dict().items()}
+    step(layers[0], x, dy)  # compiles
+    layers[0].load_state_dict(start)
+    wanted = [step(layers[0], x, dy) for _ in range(8)]
+    graphs, results = [torch.cuda.CUDAGraph() for _ in layers], []
+    for layer, graph in zip(layers, graphs, strict=True):
+        layer.load_state_dict(start)
+        with torch.cuda.graph(graph):
+            results.append(step(layer, x, dy))
+        layer.load_state_dict(start)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
     for expected in wanted:
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip([*results, *state], expected, strict=True))
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for found in results:
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_form
+def test_device_that_is_not_current(form):
+    layer, (x, dy) = layer_and_input(form, device="cuda:0")
+    other, _ = layer_and_input(form, device="cuda:1")
+    other.load_state_dict(layer.state_dict())
+    wanted = step(layer, x, dy)
+    assert torch.cuda.current_device() == 0
+    found = step(other, x.to("cuda:1"), dy.to("cuda:1"))
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, wanted, strict=True))

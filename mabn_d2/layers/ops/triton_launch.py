@@ -1,0 +1,210 @@
+"""Compiles Triton kernels and launches them with little work on the host.
+
+A launch through Triton's JIT binds, specializes and looks up each argument again. A layer repeats the
+same launches in every iteration, and only the addresses of the tensors differ. `Launch` therefore lets
+Triton compile the kernel once, keeps the packed arguments, and calls the CUDA driver directly.
+"""
+
+import ctypes
+import functools
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Arrangement = tuple[int, Sequence[int]]  # the number of programs, and the sizes
+NUM_WARPS = 4
+# Of one multiprocessor, from compute capability 8.0 on.
+REGISTERS, REGISTERS_PER_ALLOCATION, PARTITIONS = 65536, 256, 4
+WARP_SIZE = 32
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Programs of a grid in Triton's interpreter, which has no multiprocessors.
+INTERPRETED_PROGRAMS = 64
+
+
+def programs_that_fit(
+    registers: int,
+    multiprocessors: int,
+    threads_per_multiprocessor: int,
+    num_warps: int = NUM_WARPS,
+) -> int:
+    """Return how many programs a device runs at the same time.
+
+    Args:
+        registers: of each thread. Each of a multiprocessor's four partitions has a quarter of the
+            registers and gives them to warps in units of 256.
+        multiprocessors, threads_per_multiprocessor: see `torch.cuda.get_device_properties`.
+        num_warps: of a program.
+    """
+    of_warp = -(-registers * WARP_SIZE // REGISTERS_PER_ALLOCATION) * REGISTERS_PER_ALLOCATION
+    warps = threads_per_multiprocessor // WARP_SIZE
+    if of_warp:
+        warps = min(warps, REGISTERS // PARTITIONS // of_warp * PARTITIONS)
+    return max(1, warps // num_warps) * multiprocessors
+
+
+@functools.cache
+def _multiprocessors(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.max_threads_per_multi_processor
+
+
+def current_stream(device: int) -> int:
+    """Return the address of the current stream of a device; 0 for a CPU (-1), which has none."""
+    return torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+
+
+@functools.cache
+def _cuda_launch() -> Callable[..., int]:
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+    unsigned = ctypes.c_uint
+    function.argtypes = [ctypes.c_void_p, *[unsigned] * 7, *[ctypes.c_void_p] * 3]
+    function.restype = ctypes.c_int
+    return function
+
+
+class _Compiled:
+    """A kernel, compiled for one device and alignment of its tensors, with room for its arguments."""
+
+    def __init__(self, compiled: Any, pointers: int, sizes: Sequence[int]) -> None:
+        self.compiled = compiled  # keeps the module loaded
+        self.function = compiled.function
+        self.threads = compiled.metadata.num_warps * WARP_SIZE
+        self.shared = compiled.metadata.shared
+        # Newer Triton adds two pointers to scratch memory, which these kernels do not use.
+        layout = f"@{pointers}P{len(sizes)}i0P2P"
+        self.buffer = ctypes.create_string_buffer(struct.calcsize(layout))
+        first = ctypes.addressof(self.buffer)
+        size_at = pointers * 8
+        scratch_at = len(self.buffer) - 16
+        struct.pack_into(f"@{len(sizes)}i", self.buffer, size_at, *sizes)
+        places = [8 * k for k in range(pointers)]
+        places += [size_at + 4 * k for k in range(len(sizes))]
+        places += [scratch_at, scratch_at + 8]
+        self.parameters = (ctypes.c_void_p * len(places))(*(first + place for place in places))
+        self.set_pointers = struct.Struct(f"@{pointers}P").pack_into
+        self.lock = threading.Lock()  # of the buffer: threads may share a launch
+
+
+class Launch:
+    """The launches of a kernel with the same sizes and constants, on one device.
+
+    Args:
+        kernel: its parameters are tensors, then sizes (int32), then constants.
+        constants: by name; an optional tensor that is not given is a constant, too.
+        arrange: takes the number of programs that the device runs at the same time; returns the
+            number of programs and the sizes.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        arrange: Callable[[int], Arrangement],
+    ) -> None:
+        self.kernel, self.constants, self._arrange = kernel, constants, arrange
+        self.programs = 0
+        self.sizes: Sequence[int] = ()
+        self._aligned: _Compiled | None = None
+        self._unaligned: dict[tuple[bool, ...], _Compiled] = {}
+
+    def __call__(self, stream: int, *tensors: torch.Tensor) -> None:
+        """Launch on a stream of the current device, which is that of the tensors."""
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        compiled = self._aligned
+        if bits & 15 or compiled is None:
+            if not self.programs:
+                self.prepare(*tensors)
+            if INTERPRETED:
+                self.kernel[(self.programs,)](**self._arguments(tensors, self.sizes))
+                return
+            compiled = self._find(tensors, pointers)
+        with compiled.lock:
+            compiled.set_pointers(compiled.buffer, 0, *pointers)
+            status = _cuda_launch()(
+                compiled.function,
+                self.programs,
+                1,
+                1,
+                compiled.threads,
+                1,
+                1,
+                compiled.shared,
+                stream,
+                compiled.parameters,
+                None,
+            )
+        if status:
+            raise RuntimeError(f"CUDA driver error {status} at the launch of {self.name}")
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def prepare(self, *tensors: torch.Tensor) -> None:
+        """Choose the grid; of the tensors, only dtypes and the device matter."""
+        if INTERPRETED:
+            self.programs, self.sizes = self._arrange(INTERPRETED_PROGRAMS)
+            return
+        compiled = self._compile(tensors)
+        fit = programs_that_fit(compiled.n_regs, *_multiprocessors(tensors[0].get_device()))
+        self.programs, self.sizes = self._arrange(fit)
+
+    def _find(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> _Compiled:
+        """Return the kernel for such pointers: Triton compiles for those that are multiples of 16."""
+        key = tuple(pointer % 16 == 0 for pointer in pointers)
+        compiled = self._unaligned.get(key)
+        if compiled is None:
+            compiled = _Compiled(self._compile(tensors), len(pointers), self.sizes)
+            self._unaligned[key] = compiled
+            if all(key):
+                self._aligned = compiled
+        return compiled
+
+    def _arguments(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> dict[str, Any]:
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        return dict(zip(names, [*tensors, *sizes], strict=True)) | self.constants
+
+    def _compile(self, tensors: Sequence[torch.Tensor]) -> Any:
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        sizes = self.sizes or [0] * (len(names) - len(tensors))
+        arguments = self._arguments(tensors, sizes)
+        compiled = self.kernel.run(grid=(1,), warmup=True, num_warps=NUM_WARPS, **arguments)
+        compiled._init_handles()
+        return compiled
+
+
+_workspaces: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def workspace(
+    x: torch.Tensor, device: int, stream: int, partials: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 numbers (at least `partials`), and int64 zeros (at least 1 + blocks).
+
+    Kernels on one stream run one after another and leave the zeros as they found them. So each stream
+    has one workspace, which needs no memset. A CUDA graph may run on any stream, at the same time as
+    other work; so what is captured gets a workspace of its own, whose memset is part of the graph.
+
+    Args:
+        x: an activation on the device.
+        device, stream: its index and the address of its current stream.
+    """
+    capturing = device >= 0 and torch.cuda.is_current_stream_capturing()
+    found = None if capturing else _workspaces.get((device, stream))
+    if found is None or len(found[0]) < partials or len(found[1]) <= blocks:
+        if found is not None:
+            partials, blocks = max(partials, len(found[0])), max(blocks, len(found[1]) - 1)
+        found = (
+            x.new_empty(partials, dtype=torch.float32),
+            x.new_zeros(1 + blocks, dtype=torch.int64),
+        )
+        if not capturing:
+            _workspaces[device, stream] = found
+    return found
