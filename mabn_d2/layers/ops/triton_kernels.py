@@ -488,7 +488,9 @@ def forward_sums(
     ticket = _count_in(counters + 1 + block, 1)
     if ticket == groups * rows - 1:
         tl.store(counters + 1 + block, 0)
+        # Read in front of the barriers of the counter: one thread writes them at the end.
         t = tl.load(iters) + 1
+        refused = tl.load(rejected)
         slot = t % m
         channel = block * TILE_C + tl.arange(0, TILE_C)
         inside = channel < C
@@ -539,7 +541,6 @@ def forward_sums(
             tl.store(flags + 3, accepted.to(tl.float32))
             if UPDATE:
                 tl.store(iters, tl.where(accepted, t, t - 1))
-                refused = tl.load(rejected)
                 tl.store(rejected, tl.where(accepted, refused, refused + 1))
 
 
