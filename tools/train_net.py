@@ -36,7 +36,7 @@ def main(args):
 
 def check(args):
     """Check everything before any process starts, so that an error is said once."""
-    check_data(setup_config(args), train=not args.eval_only)
+    check_data(setup_config(args, alone=True), train=not args.eval_only)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,15 @@ def read_config(config_file, opts=()):
     return merged
 
 
-def setup_config(args):
+def setup_config(args, alone=False):
     """Return the frozen config of Detectron2's command-line arguments.
 
     MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU. `args.data`, a labelled
     folder, is the same as DATASETS.FOLDER: the config is set from it (`own_data.py`).
+
+    Args:
+        args: parsed by Detectron2's `default_argument_parser`.
+        alone: the other processes of the run do not call this now.
 
     Raises:
         ConfigError: for a file, key or value that can't be used.
@@ -72,7 +76,7 @@ def setup_config(args):
     cfg = read_config(args.config_file, args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    _use_folder(cfg, args)
+    _use_folder(cfg, args, alone)
     cfg.freeze()
     train = not args.eval_only
     check_config(cfg, count_processes(args), resume=args.resume, train=train)
@@ -81,7 +85,7 @@ def setup_config(args):
     return cfg
 
 
-def _use_folder(cfg, args):
+def _use_folder(cfg, args, alone):
     """Set the config from the labelled folder that the command line or the config file names."""
     folder = getattr(args, "data", None)
     given = set(args.opts[::2])
@@ -91,7 +95,7 @@ def _use_folder(cfg, args):
     if cfg.DATASETS.FOLDER:
         # What a base of the config file says is a default; so are the datasets of any file.
         given |= {key for key in _keys_of_file(args.config_file) if not key.startswith("DATASETS.")}
-        use_folder_for(cfg, given, args.resume, train=not args.eval_only)
+        use_folder_for(cfg, given, args.resume, not args.eval_only, alone)
 
 
 def _keys_of_file(config_file):

@@ -11,7 +11,14 @@ from detectron2.utils import comm
 
 from ..checkpoint import read_checkpoint
 from ..checkpoint.description import classes_of, config_of
-from ..data.labelled_folder import Registered, mask_counts, mask_kind, register_folder, table
+from ..data.labelled_folder import (
+    PreparedFolder,
+    mask_counts,
+    mask_kind,
+    prepare_folder,
+    register_prepared,
+    report,
+)
 from ..data.labelled_folder.layouts import WHOLE
 from ..data.labelled_folder.register import dataset_base
 from .errors import ConfigError
@@ -34,7 +41,8 @@ def use_folder(
     given: Collection[str] = (),
     class_names: list[str] | None = None,
     hold_out: bool = True,
-) -> Registered:
+    alone: bool = False,
+) -> PreparedFolder:
     """Register the labelled folder DATASETS.FOLDER and set the keys of SET_BY_FOLDER, in place.
 
     Every process that reads the data has to call it. `log_folder` says what was found.
@@ -45,6 +53,8 @@ def use_folder(
         class_names: the classes that a checkpoint knows, for its evaluation or its continuation.
         hold_out: take a part to validate on from the images if the folder has none; if False, the
             config is for evaluation, of the first of val, test and train that is there.
+        alone: the other processes of the run do not call this now. If False, all have to, and the
+            first process of each machine reads the folder.
     Raises:
         ConfigError: if a given key contradicts the data.
         BadAnnotationError: if the folder can't be used.
@@ -61,33 +71,51 @@ def use_folder(
             "R-CNN or RetinaNet"
         )
     path = os.path.abspath(os.path.expanduser(cfg.DATASETS.FOLDER))
-    registered = register_folder(path, share if hold_out else None, class_names)
+    folder = _prepare(path, share if hold_out else None, class_names, alone)
+    names = register_prepared(folder)
     was_frozen = cfg.is_frozen()
     cfg.defrost()
     cfg.DATASETS.FOLDER = path
     before = {key: _get(cfg, key) for key in SET_BY_FOLDER}
-    _set_datasets(cfg, registered, given, hold_out)
-    _set_classes(cfg, registered, given)
-    _set_masks(cfg, registered, given)
+    _set_datasets(cfg, names, given, hold_out)
+    _set_classes(cfg, folder.class_names, given)
+    _set_masks(cfg, folder, given)
     if was_frozen:
         cfg.freeze()
     settings = {key: _get(cfg, key) for key in SET_BY_FOLDER}
     unused = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "RETINANET"
     del settings[f"MODEL.{unused}.NUM_CLASSES"]
-    text = table(
-        registered.folder,
-        registered.summaries,
-        {key: value for key, value in settings.items() if value != before[key]},
-        share,
-    )
-    for name in registered.names.values():
+    text = report(folder, {k: v for k, v in settings.items() if v != before[k]}, share)
+    for name in names.values():
         MetadataCatalog.get(name).set(description=text)
-    return registered
+    return folder
+
+
+def _prepare(path, val_share, class_names, alone):
+    """Prepare the folder in the first process of each machine, for all of its processes."""
+    if alone or comm.get_world_size() == 1:
+        return prepare_folder(path, val_share, class_names)
+    own, first = None, comm.get_rank() - comm.get_local_rank()
+    if comm.get_local_rank() == 0:
+        try:
+            own = prepare_folder(path, val_share, class_names)
+        except ValueError as error:  # BadAnnotationError
+            own = error
+    prepared = comm.all_gather(own)
+    error = next((p for p in (prepared[first], *prepared) if isinstance(p, ValueError)), None)
+    if error is not None:
+        error.said_elsewhere = comm.get_local_rank() > 0 or prepared[first] is not error
+        raise error
+    return prepared[first]
 
 
 def use_folder_for(
-    cfg: CfgNode, given: Collection[str] = (), resume: bool = False, train: bool = True
-) -> Registered:
+    cfg: CfgNode,
+    given: Collection[str] = (),
+    resume: bool = False,
+    train: bool = True,
+    alone: bool = False,
+) -> PreparedFolder:
     """`use_folder` for a run: the classes are those of the checkpoint that it goes on from.
 
     An evaluation is of the images that were held out, if the checkpoint was trained on this folder
@@ -96,6 +124,7 @@ def use_folder_for(
     Args:
         resume: the run goes on from the last checkpoint in OUTPUT_DIR, if there is one.
         train: False for an evaluation, of that checkpoint or of MODEL.WEIGHTS.
+        given, alone: as for `use_folder`.
     """
     last = Path(cfg.OUTPUT_DIR, "last_checkpoint")
     file = str(last.with_name(last.read_text().strip())) if resume and last.is_file() else ""
@@ -112,7 +141,7 @@ def use_folder_for(
             bool(folder and os.path.realpath(folder) == path)
             or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
         )
-    return use_folder(cfg, given, classes and [c["name"] for c in classes], hold_out)
+    return use_folder(cfg, given, classes and [c["name"] for c in classes], hold_out, alone)
 
 
 def log_folder(cfg: CfgNode) -> None:
@@ -123,8 +152,7 @@ def log_folder(cfg: CfgNode) -> None:
         logging.getLogger("detectron2").info("Own images:\n" + next(filter(None, texts)))
 
 
-def _set_datasets(cfg, registered, given, hold_out):
-    names = registered.names
+def _set_datasets(cfg, names, given, hold_out):
     for key in ("TRAIN", "TEST"):
         value = tuple(cfg.DATASETS[key])
         if set(value) <= set(names.values()) and value:
@@ -143,8 +171,7 @@ def _set_datasets(cfg, registered, given, hold_out):
         )
 
 
-def _set_classes(cfg, registered, given):
-    names = registered.class_names
+def _set_classes(cfg, names, given):
     used = "MODEL.RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "MODEL.ROI_HEADS"
     for node in ("MODEL.ROI_HEADS", "MODEL.RETINANET"):
         key = f"{node}.NUM_CLASSES"
@@ -158,14 +185,14 @@ def _set_classes(cfg, registered, given):
         _set(cfg, key, len(names))
 
 
-def _set_masks(cfg, registered, given):
+def _set_masks(cfg, folder, given):
     if cfg.MODEL.META_ARCHITECTURE in NO_MASKS:
         cfg.MODEL.MASK_ON = False
         return
-    kind = mask_kind(registered.summaries)
+    kind = mask_kind(folder.summaries)
     on, format = cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT
     if "MODEL.MASK_ON" in given and on and kind is None:
-        objects, without = mask_counts(registered.summaries)
+        objects, without = mask_counts(folder.summaries)
         raise ConfigError(
             f"MODEL.MASK_ON is True, but {without} of {objects} objects in {cfg.DATASETS.FOLDER} have "
             "no mask: leave the key out, or export polygons or masks of all objects"

@@ -11,7 +11,14 @@ from PIL import Image
 
 from exports import LAYOUTS, MASKS, NAMES, UNDIVIDED, edit, write_export
 from mabn_d2.data.coco_check import BadAnnotationError
-from mabn_d2.data.labelled_folder import find_layout, mask_kind, read_folder, register_folder, table
+from mabn_d2.data.labelled_folder import (
+    find_layout,
+    mask_kind,
+    prepare_folder,
+    read_folder,
+    register_prepared,
+    report,
+)
 from mabn_d2.data.labelled_folder.contents import image_hash
 
 
@@ -28,20 +35,24 @@ def export(exports, tmp_path):
     return lambda layout: shutil.copytree(exports[layout], tmp_path / layout)
 
 
+def register_folder(path):
+    """Return {part: name of the dataset}."""
+    return register_prepared(prepare_folder(path))
+
+
 def image_paths(records):
     return {record["file_name"] for record in records}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read(exports, layout):
-    registered = register_folder(exports[layout])
-    assert registered.class_names == NAMES
-    records = {key: DatasetCatalog.get(name) for key, name in registered.names.items()}
+    names = register_folder(exports[layout])
+    records = {key: DatasetCatalog.get(name) for key, name in names.items()}
     assert list(records) == ["train", "val"]
     sizes = [len(records[key]) for key in ("train", "val")]
     assert sum(sizes) == 16 and (0 < sizes[1] < 16 if layout in UNDIVIDED else sizes == [12, 4])
     assert not image_paths(records["train"]) & image_paths(records["val"])
-    for name in registered.names.values():
+    for name in names.values():
         metadata = MetadataCatalog.get(name)
         assert metadata.thing_classes == NAMES and metadata.evaluator_type == "coco"
     seen = set()
@@ -57,7 +68,7 @@ def test_classes_are_the_labels_of_the_scenes(exports):
     """The same scenes, written by each tool with ids of its own, have the same classes."""
 
     def classes(layout):
-        names = register_folder(exports[layout]).names
+        names = register_folder(exports[layout])
         records = [r for name in names.values() for r in DatasetCatalog.get(name)]
         return sorted(tuple(a["category_id"] for a in r["annotations"]) for r in records)
 
@@ -67,9 +78,9 @@ def test_classes_are_the_labels_of_the_scenes(exports):
 
 @pytest.mark.parametrize("masks", MASKS)
 def test_kind_of_masks(tmp_path, masks):
-    registered = register_folder(write_export(tmp_path / "e", "coco", masks, (3, 1)))
+    prepared = prepare_folder(write_export(tmp_path / "e", "coco", masks, (3, 1)))
     wanted = {"boxes": None, "polygons": "polygon", "rle": "rle"}
-    assert mask_kind(registered.summaries) == wanted[masks]
+    assert mask_kind(prepared.summaries) == wanted[masks]
 
 
 def test_held_out_images_depend_on_their_names_alone(export, tmp_path):
@@ -145,7 +156,7 @@ def test_spellings_of_file_names(tmp_path, spelling):
 
 
 def assert_all_found(folder, count):
-    names = register_folder(folder).names
+    names = register_folder(folder)
     records = [r for name in names.values() for r in DatasetCatalog.get(name)]
     paths = {os.path.realpath(path) for path in image_paths(records)}
     assert len(paths) == count and all(os.path.isfile(path) for path in paths)
@@ -309,12 +320,12 @@ def test_class_that_only_the_other_part_has(export):
         content["annotations"][0]["category_id"] = 77
 
     edit(folder / "annotations/instances_val2017.json", rename)
-    registered = register_folder(folder)
-    assert registered.class_names == [*NAMES, "kreis"]
-    for name in registered.names.values():
+    prepared = prepare_folder(folder)
+    assert prepared.class_names == [*NAMES, "kreis"]
+    for name in register_prepared(prepared).values():
         DatasetCatalog.get(name)
         assert MetadataCatalog.get(name).thing_classes == [*NAMES, "kreis"]
-    text = table(registered.folder, registered.summaries, {}, 0.2)
+    text = report(prepared, {}, 0.2)
     assert "'kreis' has objects in" in text and "no object to train on: class kreis" in text
 
 
@@ -350,12 +361,12 @@ def test_string_ids(export):
 
 def test_names_of_datasets(exports, tmp_path):
     """Those of another dataset are not taken; another folder of the same name gets another."""
-    first = register_folder(exports["coco"]).names
+    first = register_folder(exports["coco"])
     assert first == {"train": "coco_train", "val": "coco_val"}
-    assert register_folder(exports["coco"]).names == first
-    other = register_folder(shutil.copytree(exports["coco"], tmp_path / "coco")).names
+    assert register_folder(exports["coco"]) == first
+    other = register_folder(shutil.copytree(exports["coco"], tmp_path / "coco"))
     assert not set(other.values()) & set(first.values())
     builtin = shutil.copytree(exports["coco"], tmp_path / "coco_2017")
-    assert register_folder(builtin).names["train"] != "coco_2017_train"
+    assert register_folder(builtin)["train"] != "coco_2017_train"
     strange = shutil.copytree(exports["coco"], tmp_path / "a b;d")
-    assert register_folder(strange).names["train"] == "a_b_d_train"
+    assert register_folder(strange)["train"] == "a_b_d_train"

@@ -232,7 +232,7 @@ def test_checkpoint_without_config(checkpoint, photos, tmp_path):
         ({"model": {"x": torch.zeros(1)}}, "x"),
     ],
 )
-def test_damaged_descriptions(checkpoint, tmp_path, change, message, monkeypatch):
+def test_damaged_config_or_classes(checkpoint, tmp_path, change, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "changed.pth"
     write_checkpoint({**read_checkpoint(checkpoint), **change}, file)
@@ -249,7 +249,7 @@ def test_config_with_unknown_keys(checkpoint, tmp_path, caplog):
     assert "NEW_KEY" in caplog.text
 
 
-def test_script(checkpoint, photos, tmp_path):
+def test_command(checkpoint, photos, tmp_path):
     """The command itself: an error is one line; progress goes to stderr."""
     command = [
         sys.executable,

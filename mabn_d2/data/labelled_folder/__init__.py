@@ -2,16 +2,18 @@
 
 from .contents import LabelledFolder, read_folder
 from .layouts import find_layout
-from .register import Registered, register_folder
-from .summary import mask_counts, mask_kind, table
+from .register import PreparedFolder, prepare_folder, register_prepared
+from .report import report
+from .summary import mask_counts, mask_kind
 
 __all__ = [
     "LabelledFolder",
-    "Registered",
+    "PreparedFolder",
     "find_layout",
     "mask_counts",
     "mask_kind",
+    "prepare_folder",
     "read_folder",
-    "register_folder",
-    "table",
+    "register_prepared",
+    "report",
 ]

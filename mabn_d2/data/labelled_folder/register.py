@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -10,40 +11,79 @@ from typing import NamedTuple
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from .contents import Contents, LabelledFolder, read_folder
+from .contents import Contents, read_folder
 from .layouts import PART_NAMES, WHOLE
 from .summary import PartSummary, summarize
 
 _COPIES: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
 
-class Registered(NamedTuple):
-    """What `register_folder` did."""
+class PreparedPart(NamedTuple):
+    """One part: where Detectron2 reads it, and what it holds."""
 
-    folder: LabelledFolder
-    summaries: dict[str, PartSummary]  # of each part
-    names: dict[str, str]  # of each part: the dataset's
-    class_names: list[str]
+    json_file: str
+    image_root: str
+    source_file: str  # of the user; `json_file` may be a copy of it
+    summary: PartSummary
 
 
-def register_folder(
+class PreparedFolder(NamedTuple):
+    """A labelled folder that is ready to be registered; small, and can be pickled."""
+
+    path: str
+    layout: str
+    classes: dict[int, str]  # category id -> name, in the model's order
+    parts: dict[str, PreparedPart]  # "train", "val", "test"; "all" if it is not divided
+    held_out: bool
+    notes: list[str]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the model's order."""
+        return list(self.classes.values())
+
+    @property
+    def summaries(self) -> dict[str, PartSummary]:
+        """The counts of each part."""
+        return {key: part.summary for key, part in self.parts.items()}
+
+
+def prepare_folder(
     path: str | Path, val_share: float | None = 0.2, class_names: list[str] | None = None
-) -> Registered:
-    """Register the parts of a labelled folder as `{folder's name}_train`, `_val`, `_test`.
+) -> PreparedFolder:
+    """Read a labelled folder, and write what Detectron2 can't read as it is to temporary files.
 
-    A part whose file Detectron2 can read as it is stays where it is; others are read from a copy in a
-    temporary folder of this process. Registering again replaces the datasets.
+    They are removed when this process ends.
 
     Args:
         path, val_share, class_names: as for `read_folder`, whose errors apply.
     """
     folder = read_folder(path, val_share, class_names)
-    base, names, summaries = dataset_base(path), {}, {}
-    for key, contents in folder.parts.items():
-        names[key] = f"{base}_{key}"
-        summaries[key] = summarize(contents.coco)
-        _register(names[key], contents, folder, str(Path(path).resolve()))
-    return Registered(folder, summaries, names, [c["name"] for c in folder.categories])
+    parts = {
+        key: PreparedPart(
+            _write_copy(contents) if contents.changed else str(contents.json_file),
+            str(contents.image_root),
+            str(contents.json_file),
+            summarize(contents.coco),
+        )
+        for key, contents in folder.parts.items()
+    }
+    classes = {c["id"]: c["name"] for c in folder.categories}
+    return PreparedFolder(
+        os.fspath(path), folder.layout.name, classes, parts, folder.held_out, folder.notes
+    )
+
+
+def register_prepared(folder: PreparedFolder) -> dict[str, str]:
+    """Register the parts of a folder as `{its name}_train`, `_val`, ..., and return {part: name}.
+
+    Registering a folder again replaces its datasets.
+    """
+    base = dataset_base(folder.path)
+    names = {key: f"{base}_{key}" for key in folder.parts}
+    for key, name in names.items():
+        _register(name, folder, folder.parts[key])
+    return names
 
 
 def dataset_base(path: str | Path) -> str:
@@ -60,21 +100,19 @@ def dataset_base(path: str | Path) -> str:
     return base
 
 
-def _register(name: str, contents: Contents, folder: LabelledFolder, path: str) -> None:
-    json_file = _write_copy(contents) if contents.changed else str(contents.json_file)
-    image_root = str(contents.image_root)
+def _register(name: str, folder: PreparedFolder, part: PreparedPart) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    DatasetCatalog.register(name, lambda: load_coco_json(part.json_file, part.image_root, name))
     MetadataCatalog.get(name).set(
-        json_file=json_file,
-        image_root=image_root,
+        json_file=part.json_file,
+        image_root=part.image_root,
         evaluator_type="coco",
-        folder=path,
-        source_file=str(contents.json_file),
-        thing_classes=[c["name"] for c in folder.categories],
-        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(folder.categories)},
+        folder=str(Path(folder.path).resolve()),
+        source_file=part.source_file,
+        thing_classes=folder.class_names,
+        thing_dataset_id_to_contiguous_id={id: i for i, id in enumerate(folder.classes)},
     )
 
 

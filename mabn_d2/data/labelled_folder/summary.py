@@ -1,15 +1,9 @@
-"""The short table of what a labelled folder holds."""
+"""Counts of what a labelled folder holds."""
 
 from collections import Counter
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
-from .contents import LabelledFolder
-from .layouts import WHOLE
-
 SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's, in square pixels
-MAX_CLASSES = 30  # rows of the table
 
 
 class PartSummary(NamedTuple):
@@ -44,7 +38,7 @@ def summarize(coco: dict[str, Any]) -> PartSummary:
 
 def mask_kind(parts: dict[str, PartSummary]) -> str | None:
     """Return "polygon" or "rle" if every object has a mask; None if one has none."""
-    masks = _masks(parts)
+    masks = count_masks(parts)
     if masks[None] or not masks:
         return None
     return "rle" if masks["rle"] else "polygon"
@@ -52,93 +46,10 @@ def mask_kind(parts: dict[str, PartSummary]) -> str | None:
 
 def mask_counts(parts: dict[str, PartSummary]) -> tuple[int, int]:
     """Return (number of objects that are no crowd, number of these without a mask)."""
-    masks = _masks(parts)
+    masks = count_masks(parts)
     return masks.total(), masks[None]
 
 
-def _masks(parts):
+def count_masks(parts: dict[str, PartSummary]) -> Counter:
+    """Return the number of objects that are no crowd by their masks: "polygon", "rle", None."""
     return sum((part.masks for part in parts.values()), Counter())
-
-
-def table(
-    folder: LabelledFolder,
-    parts: dict[str, PartSummary],
-    settings: dict[str, Any],
-    val_share: float,
-) -> str:
-    """Return the text that is printed when a run starts.
-
-    Args:
-        parts: the summary of each part.
-        settings: config keys that were set from the folder, and their values.
-    """
-    layout = folder.layout
-    rows = [
-        [key, s.images, s.empty, s.objects.total(), *(s.sizes[name] for name in SIZES)]
-        for key, s in parts.items()
-    ]
-    blocks = [
-        f"{layout.folder}: layout {layout.name}, {len(folder.categories)} classes, {_mask_text(parts)}",
-        tabulate(
-            rows,
-            ["part", "images", "without objects", "objects", "small", "medium", "large"],
-            tablefmt="github",
-        ),
-        "small: box below 32 x 32 pixels, large: from 96 x 96",
-        tabulate(
-            [
-                [_printable(c["name"]), *(s.objects[c["id"]] for s in parts.values())]
-                for c in folder.categories[:MAX_CLASSES]
-            ],
-            ["class", *parts],
-            tablefmt="github",
-            disable_numparse=[0],
-        ),
-    ]
-    if len(folder.categories) > MAX_CLASSES:
-        blocks.append(f"and {len(folder.categories) - MAX_CLASSES} more classes")
-    blocks += _notes(folder, parts, val_share)
-    blocks += [f"set: {key} {value}" for key, value in settings.items()]
-    return "\n".join(blocks)
-
-
-def _mask_text(parts):
-    masks = _masks(parts)
-    texts = {"polygon": "{} polygon masks", "rle": "{} RLE masks", None: "{} boxes without a mask"}
-    return ", ".join(texts[key].format(masks[key]) for key in texts if masks[key]) or "no objects"
-
-
-def _notes(folder, parts, val_share):
-    notes = [f"left out or doubtful: {_printable(note)}" for note in folder.notes]
-    if folder.held_out:
-        notes.append(
-            f"val: held out from the folder's images by a hash of their names, share {val_share:g} "
-            "(DATASETS.VAL_SHARE); it is not trained on"
-        )
-    if WHOLE in parts:
-        notes.append(
-            "all images are evaluated; AP is too high if the model was trained on some of them"
-        )
-    if "train" in parts:
-        train = parts["train"]
-        if train.empty:
-            notes.append(
-                f"left out: {train.empty} training images without objects (to train on them as "
-                "background: DATALOADER.FILTER_EMPTY_ANNOTATIONS False)"
-            )
-        if train.crowd:
-            notes.append(f"left out: {train.crowd} training objects marked iscrowd")
-        never = [c["name"] for c in folder.categories if not train.objects[c["id"]]]
-        if never:
-            notes.append(f"no object to train on: class {_printable(', '.join(never[:10]))}")
-    objects, without = mask_counts(parts)
-    if 0 < without < objects:
-        notes.append(
-            f"{without} of {objects} objects have no mask, so masks are not trained: draw "
-            "them, or remove these objects"
-        )
-    return notes
-
-
-def _printable(text):
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

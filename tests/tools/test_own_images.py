@@ -1,0 +1,124 @@
+"""From a labelling tool's export to pictures by the two commands, as a user runs them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pycocotools.coco import COCO
+
+from commands import run
+from exports import NAMES, write_export
+from mabn_d2 import load_predictor
+from mabn_d2.checkpoint import read_checkpoint
+from mabn_d2.layers import CenConv2d, MABN2d
+from paths import ROOT
+
+# A model whose iteration takes a tenth of a second.
+CONFIG = f"""
+_BASE_: "{ROOT}/configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+MODEL:
+  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}}
+  FPN: {{OUT_CHANNELS: 16}}
+  ROI_BOX_HEAD: {{CONV_DIM: 16}}
+  ROI_MASK_HEAD: {{CONV_DIM: 16}}
+INPUT: {{MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96}}
+DATALOADER: {{NUM_WORKERS: 0}}
+SOLVER: {{MAX_ITER: 4}}
+TEST: {{DETECTIONS_PER_IMAGE: 5}}
+"""
+
+
+def train(tmp_path, folder, *arguments, gpus=0):
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    done = run(
+        "train_net.py", "--config-file", file, "--data", folder, "--num-gpus", gpus,
+        "--dist-url", "auto", *arguments, "OUTPUT_DIR", tmp_path / "output",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def results(output):
+    (file,) = Path(output).rglob("coco_instances_results.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "layout, masks",
+    [
+        ("roboflow", "polygons"),
+        ("label_studio", "boxes"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+            ("roboflow", "boxes"), ("coco", "rle"), ("cvat", "rle"), ("json", "polygons"),
+            ("coco", "boxes"), ("cvat", "polygons"),
+        )),
+    ],
+)  # fmt: skip
+def test_from_export_to_pictures(tmp_path, layout, masks):
+    """Trains, evaluates, predicts folded; `config.yaml` evaluates the same again."""
+    folder = write_export(tmp_path / "Mein Export", layout, masks, (6, 2))
+    text = train(tmp_path, folder)
+    assert "Own images" in text and "fünf" in text and "Evaluation results for bbox" in text
+    assert ("Evaluation results for segm" in text) == (masks != "boxes")
+    output = tmp_path / "output"
+    weights = output / "model_final.pth"
+
+    # The folder's own data once more, without the flag.
+    again = ["--config-file", output / "config.yaml", "--num-gpus", 0, "--eval-only"]
+    done = run("train_net.py", *again, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "again") == results(output)
+
+    done = run(
+        "predict.py", "--checkpoint", weights, folder, "--output", tmp_path / "predictions",
+        "--threshold", 0.001,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    coco = COCO(str(tmp_path / "predictions/images.json"))
+    assert len(coco.imgs) == 8 and [c["name"] for c in coco.cats.values()] == NAMES
+    found = coco.loadRes(str(tmp_path / "predictions/predictions.json"))
+    assert all(("segmentation" in a) for a in found.anns.values())
+    for image in coco.imgs.values():
+        assert (tmp_path / "predictions" / image["picture"]).is_file()
+    model = load_predictor(weights, "cpu").model
+    assert not any(isinstance(m, (MABN2d, CenConv2d)) for m in model.modules())
+
+
+def torchrun(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "tools/train_net.py", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path):
+    """By --num-gpus 2 and by torchrun: the same weights, one table, one set of results."""
+    folder = write_export(tmp_path / "export", "cvat", "rle", (6, 2))
+    texts, weights = [], []
+    for name in ("spawned", "torchrun"):
+        (tmp_path / name).mkdir()
+        if name == "spawned":
+            texts.append(train(tmp_path / name, folder, gpus=2))
+        else:
+            done = torchrun(
+                "--config-file", tmp_path / "spawned/config.yaml", "--data", folder,
+                "OUTPUT_DIR", tmp_path / name / "output",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            texts.append(done.stdout + done.stderr)
+        output = tmp_path / name / "output"
+        weights.append(read_checkpoint(output / "model_final.pth")["model"])
+        assert len(re.findall("Own images", texts[-1])) == 1
+        assert yaml.safe_load((output / "config.yaml").read_text())["DATASETS"]["FOLDER"] == str(
+            folder
+        )
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
