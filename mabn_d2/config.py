@@ -2,6 +2,9 @@
 
 from detectron2.config import CfgNode as CN
 
+# A number that follows from the training images or from the training's length (engine/schedule.py).
+AUTO = -1
+
 
 def add_mabn_config(cfg):
     """Add MODEL.MABN, MODEL.BRN and SOLVER.OPTIMIZER to a Detectron2 config."""
@@ -72,3 +75,14 @@ def add_mabn_config(cfg):
 
     # "SGD" or "ADAMW", both with the settings of SOLVER (MOMENTUM and NESTEROV are SGD's).
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # The rest serves short trainings on own images: see configs/own_data_*.yaml and engine/schedule.py.
+    # Passes over the training images. It sets MAX_ITER where that is AUTO; a number there wins.
+    cfg.SOLVER.EPOCHS = 0
+    # Learning rate for 16 images in one optimizer iteration. It sets BASE_LR where that is AUTO, in
+    # proportion to IMS_PER_BATCH.
+    cfg.SOLVER.LR_FOR_16_IMAGES = 0.02
+    # Weights to start from if this file exists and MODEL.WEIGHTS names no other.
+    cfg.MODEL.WEIGHTS_IF_PRESENT = ""
+    # Newest checkpoints to keep besides model_final.pth and model_best.pth. 0: all.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0

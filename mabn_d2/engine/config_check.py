@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
+from .schedule import finalize_schedule
 
 # Keys of MODEL that a resumed run may have otherwise.
 MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
@@ -77,6 +78,7 @@ def setup_config(args, alone=False):
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     _use_folder(cfg, args, alone)
+    finalize_schedule(cfg, train=not args.eval_only)
     cfg.freeze()
     train = not args.eval_only
     check_config(cfg, count_processes(args), resume=args.resume, train=train)

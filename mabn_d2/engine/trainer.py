@@ -33,6 +33,7 @@ from .hooks import (
 )
 from .hooks.recalibrate import recalibrate_converted
 from .model_check import build_errors
+from .schedule import finalize_schedule, log_schedule
 
 
 class Trainer(DefaultTrainer):
@@ -51,7 +52,10 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own lets no process train on CPU but one
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        _log_like_detectron2()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        finalize_schedule(cfg)
+        log_schedule(cfg)
         with build_errors(cfg):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -111,7 +115,11 @@ class Trainer(DefaultTrainer):
         ours += [hooks.IterationTimer(), hooks.LRScheduler()]
         if comm.is_main_process():
             ours.append(
-                hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+                hooks.PeriodicCheckpointer(
+                    self.checkpointer,
+                    self.cfg.SOLVER.CHECKPOINT_PERIOD,
+                    max_to_keep=self.cfg.SOLVER.CHECKPOINTS_TO_KEEP or None,
+                )
             )
         ours.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():  # after the evaluation, so that its metrics are written
@@ -176,3 +184,12 @@ class Trainer(DefaultTrainer):
                 f"{', '.join(evaluators)}, or override Trainer.build_evaluator"
             )
         return DatasetEvaluators([e(dataset_name, output_dir=folder) for e in evaluators[kind]])
+
+
+def _log_like_detectron2():
+    """Send what this package logs, warnings among it, to the terminal and the log.txt of Detectron2."""
+    logger = logging.getLogger("mabn_d2")
+    logger.setLevel(logging.INFO)
+    for handler in logging.getLogger("detectron2").handlers:
+        if handler not in logger.handlers:
+            logger.addHandler(handler)

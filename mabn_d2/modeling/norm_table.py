@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from ..config import AUTO
 from ..layers import BatchRenorm2d, MABN2d, SplitBatchRenorm2d, SplitMABN2d
 
 
@@ -72,10 +73,12 @@ def norm_settings(cfg: CfgNode) -> dict[str, Any]:
         settings |= {
             "eps": node.EPS,
             "momentum": node.MOMENTUM,
-            "warmup_iters": node.WARMUP_ITERS,
-            "clip_start": node.CLIP_START,
             "clip_limit": node.CLIP_LIMIT,
         }
+        # AUTO is left in a config that is not to be trained: the layer's defaults will do.
+        for name in ("warmup_iters", "clip_start"):
+            if node[name.upper()] != AUTO:
+                settings[name] = node[name.upper()]
     return settings
 
 

@@ -1,0 +1,139 @@
+"""Settings that follow from the number of training images and from the length of the training.
+
+Keys that a config leaves to this module have the value AUTO (-1):
+
+| key | value |
+|---|---|
+| SOLVER.MAX_ITER | EPOCHS * training images / IMS_PER_BATCH |
+| SOLVER.BASE_LR | LR_FOR_16_IMAGES * IMS_PER_BATCH / 16 (linear scaling) |
+| SOLVER.WARMUP_ITERS | a tenth of MAX_ITER, at most 500 as in the published schedule |
+| SOLVER.CHECKPOINT_PERIOD, TEST.EVAL_PERIOD | a twentieth of MAX_ITER |
+| MODEL.MABN.WARMUP_ITERS | 15 % of MAX_ITER, at most 600 |
+| MODEL.MABN.CLIP_START | 30 % of MAX_ITER, at most 1200 |
+
+STEPS that are left empty are 2/3 and 8/9 of MAX_ITER, as in the published schedule, if
+LR_SCHEDULER_NAME uses them. The shares and bounds of MABN are those of the trainings of 2,800 and 4,000
+iterations in docs/comparison.md. The published 100 and 1,000 are for 90,000 iterations and more; in a
+short training the weights still move fast at that time, and the windows lag behind them.
+"""
+
+import logging
+import math
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+
+from ..config import AUTO
+from .errors import ConfigError
+
+
+def finalize_schedule(cfg: CfgNode, num_images: int | None = None, train: bool = True) -> None:
+    """Replace the AUTO values of a config, in place, and choose WEIGHTS_IF_PRESENT if the file is there.
+
+    A config that is final already stays as it is, so the config.yaml of a run repeats the run.
+
+    Args:
+        cfg: may be frozen, and is then frozen again.
+        num_images: training images; None: they are counted (`training_images`) if they are needed.
+        train: False for an evaluation, where the length has no meaning and no images are counted.
+    Raises:
+        ConfigError: if a key needs another one that is not given, or there are no images.
+    """
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    try:
+        _choose_weights(cfg)
+        if not train and cfg.SOLVER.MAX_ITER == AUTO:
+            cfg.SOLVER.MAX_ITER = 1
+        _choose_schedule(cfg, num_images)
+    finally:
+        if frozen:
+            cfg.freeze()
+
+
+def training_images(cfg: CfgNode) -> int:
+    """Return the number of images that DATASETS.TRAIN trains on.
+
+    Raises:
+        ConfigError: if DATASETS.TRAIN is empty or names a dataset that is not registered.
+    """
+    names = cfg.DATASETS.TRAIN
+    if not names:
+        raise ConfigError(
+            "DATASETS.TRAIN is empty: name a registered dataset, or give your images by --data FOLDER"
+        )
+    for name in names:
+        if name not in DatasetCatalog:
+            raise ConfigError(
+                f"DATASETS.TRAIN names {name!r}, which is not registered: use one of "
+                f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
+            )
+    records = get_detection_dataset_dicts(
+        names,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        check_consistency=False,
+    )
+    return len(records)
+
+
+def _choose_weights(cfg):
+    """Set MODEL.WEIGHTS to MODEL.WEIGHTS_IF_PRESENT if that file exists and no other is named."""
+    optional = cfg.MODEL.WEIGHTS_IF_PRESENT
+    if not optional:
+        return
+    cfg.MODEL.WEIGHTS_IF_PRESENT = ""
+    if cfg.MODEL.WEIGHTS:
+        return
+    if os.path.isfile(optional):
+        cfg.MODEL.WEIGHTS = optional
+
+
+def _choose_schedule(cfg, num_images):
+    solver, mabn = cfg.SOLVER, cfg.MODEL.MABN
+    if solver.MAX_ITER == AUTO:
+        if solver.EPOCHS < 1:
+            raise ConfigError(
+                f"SOLVER.MAX_ITER is {AUTO} (automatic) and SOLVER.EPOCHS is {solver.EPOCHS}: give one"
+            )
+        if num_images is None:
+            num_images = training_images(cfg)
+        if num_images < 1:
+            raise ConfigError(
+                f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} has no image with annotations: nothing to train on"
+            )
+        # At least 1: an IMS_PER_BATCH of 0 is another check's error.
+        solver.MAX_ITER = math.ceil(solver.EPOCHS * num_images / max(solver.IMS_PER_BATCH, 1))
+    length = solver.MAX_ITER
+    if solver.BASE_LR == AUTO:
+        if solver.LR_FOR_16_IMAGES <= 0:
+            raise ConfigError(
+                f"SOLVER.BASE_LR is {AUTO} (automatic) and SOLVER.LR_FOR_16_IMAGES is "
+                f"{solver.LR_FOR_16_IMAGES}: give one"
+            )
+        solver.BASE_LR = solver.LR_FOR_16_IMAGES * solver.IMS_PER_BATCH / 16
+    if not solver.STEPS and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        solver.STEPS = (length * 2 // 3, length * 8 // 9)
+    for node, key, value in (
+        (solver, "WARMUP_ITERS", min(length // 10, 500)),
+        (solver, "CHECKPOINT_PERIOD", max(length // 20, 1)),
+        (cfg.TEST, "EVAL_PERIOD", max(length // 20, 1)),
+        (mabn, "WARMUP_ITERS", min(length * 15 // 100, 600)),
+        (mabn, "CLIP_START", min(length * 30 // 100, 1200)),
+    ):
+        if node[key] == AUTO:
+            node[key] = value
+
+
+def log_schedule(cfg: CfgNode) -> None:
+    """Log in one line what will be trained for how long; on the main process."""
+    solver, mabn = cfg.SOLVER, cfg.MODEL.MABN
+    micro = (
+        "" if solver.ACCUMULATION_STEPS == 1 else f" ({solver.ACCUMULATION_STEPS} micro-batches)"
+    )
+    logging.getLogger(__name__).info(
+        f"Training for {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{micro}, learning "
+        f"rate {solver.BASE_LR:g} after {solver.WARMUP_ITERS} iterations, MABN's averages from "
+        f"{mabn.WARMUP_ITERS} and clipping from {mabn.CLIP_START} on, starting from "
+        f"{cfg.MODEL.WEIGHTS or 'random weights'}"
+    )
