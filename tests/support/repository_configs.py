@@ -3,6 +3,7 @@
 from detectron2.config import get_cfg
 
 from mabn_d2 import add_mabn_config
+from mabn_d2.engine.schedule import finalize_schedule
 from paths import ROOT
 
 # Widths that every norm takes: GroupNorm has 32 groups.
@@ -34,6 +35,8 @@ def load(name):
     add_mabn_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / name))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", 2])
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    finalize_schedule(cfg, num_images=100)
     return cfg
 
 
