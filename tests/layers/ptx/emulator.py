@@ -339,6 +339,20 @@ class Program:
 
         return self._shift(i, shift)
 
+    def _shf(self, i):
+        if i.name[2:] != ["wrap", "b32"]:
+            raise Fault(f"unknown instruction: {i.line}")
+        low, high, by = self._sources(i, "u32")
+
+        def shift(s):
+            both = (high(s).astype(np.uint64) << 32) | low(s)
+            count = (by(s) & 31).astype(np.uint64)
+            if i.name[1] == "l":
+                return ((both << count) >> 32).astype(np.uint32)
+            return (both >> count).astype(np.uint32)
+
+        return self._assign(i, shift)
+
     def _bfe(self, i):
         read = self._sources(i, i.type)[0]
         first, bits = int(i.arguments[2]), int(i.arguments[3])
@@ -486,12 +500,16 @@ class Program:
         return step
 
     def _atom(self, i):
-        if i.name[1:] != ["global", "gpu", "acq_rel", "add", "u64"]:
+        order = {"relaxed": "", "acquire": "a", "release": "r", "acq_rel": "ar"}.get(i.name[3])
+        if [*i.name[1:3], *i.name[4:]] != ["global", "gpu", "add", "u64"] or order is None:
             raise Fault(f"unknown instruction: {i.line}")
         place, value = self._address(i.arguments[1], 64), self._read(i.arguments[2], 64)
-        return self._assign(
-            i, lambda s: s.view.atomic_add(place(s), value(s), s.active(i.predicate), i.line)
-        )
+
+        def add(s):
+            active = s.active(i.predicate)
+            return s.view.atomic_add(place(s), value(s), active, "a" in order, "r" in order, i.line)
+
+        return self._assign(i, add)
 
     def _ldmatrix(self, i):
         names = _vector(i.arguments[0])

@@ -7,6 +7,7 @@ executed on tensors in the CPU's memory.
 The environment variable PTX_CAPABILITY is the GPU's compute capability times ten: 80 or 90.
 """
 
+import collections
 import ctypes
 import os
 import subprocess
@@ -54,7 +55,8 @@ _kernels = {}  # what Triton compiled, by the driver's handle
 _programs = {}
 _call, _compile = triton_launch.Launch.__call__, triton_launch.Launch._compile
 _current = []  # the names and tensors of the launch that goes on; then its fault
-launches = []  # (name, programs, registers) of each
+launches = []  # a Launched for each
+Launched = collections.namedtuple("Launched", "name programs registers spills ptx")
 
 
 @ctypes.CFUNCTYPE(
@@ -71,7 +73,11 @@ def _on_launch(function, programs, threads, parameters):
         for k, (_, kind) in enumerate(program.parameters):
             size = int(kind[1:]) // 8
             values.append(int.from_bytes(ctypes.string_at(parameters[k], size), sys.byteorder))
-        launches.append((compiled.name, programs, compiled.n_regs))
+        launches.append(
+            Launched(
+                compiled.name, programs, compiled.n_regs, compiled.n_spills, compiled.asm["ptx"]
+            )
+        )
         program.run(programs, values, memory.GlobalMemory(_current[0]))
     except BaseException as fault:
         _current.append(fault)

@@ -134,8 +134,12 @@ class View:
             block.bytes[offsets] = values[threads]
             block.writer.set(offsets, self.program, threads[:, None], self.epoch)
 
-    def atomic_add(self, addresses, values, active, line):
-        """Add 64-bit integers with acquire and release semantics; return what was there before."""
+    def atomic_add(self, addresses, values, active, acquire, release, line):
+        """Add 64-bit integers; return what was there before.
+
+        With `release`, what this program has done before its last barrier is visible to those who
+        acquire it; with `acquire`, what others have released becomes visible at the next barrier.
+        """
         out = np.zeros(len(addresses), np.uint64)
         for block, threads, offsets in self._accesses(addresses, 8, active, line):
             for thread, place in zip(threads, offsets, strict=True):
@@ -148,9 +152,11 @@ class View:
                 # Later accesses of others are ordered after this one if they acquire it.
                 block.writer.set(place, self.program, ATOMIC, self.epoch - 1)
                 released = self.memory.released.setdefault((block.name, int(place[0])), {})
-                _merge(self.pending, released)
-                _merge(released, self.acquired)
-                _merge(released, {self.program: self.epoch})
+                if acquire:
+                    _merge(self.pending, released)
+                if release:
+                    _merge(released, self.acquired)
+                    _merge(released, {self.program: self.epoch})
         return out
 
     def _accesses(self, addresses, size, active, line):
