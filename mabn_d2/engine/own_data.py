@@ -5,8 +5,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..checkpoint import read_checkpoint
@@ -76,19 +76,39 @@ def use_folder(
     was_frozen = cfg.is_frozen()
     cfg.defrost()
     cfg.DATASETS.FOLDER = path
-    before = {key: _get(cfg, key) for key in SET_BY_FOLDER}
     _set_datasets(cfg, names, given, hold_out)
     _set_classes(cfg, folder.class_names, given)
     _set_masks(cfg, folder, given)
     if was_frozen:
         cfg.freeze()
-    settings = {key: _get(cfg, key) for key in SET_BY_FOLDER}
-    unused = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "RETINANET"
-    del settings[f"MODEL.{unused}.NUM_CLASSES"]
-    text = report(folder, {k: v for k, v in settings.items() if v != before[k]}, share)
+    text = report(folder, {key: _get(cfg, key) for key in _used_keys(cfg)}, share)
     for name in names.values():
         MetadataCatalog.get(name).set(description=text)
     return folder
+
+
+def with_folder(cfg: CfgNode) -> CfgNode:
+    """Return `cfg`, or a copy that is set from DATASETS.FOLDER if nothing has set it from there yet.
+
+    For a config that did not come from `setup_config`. Values that are not Detectron2's defaults count
+    as given.
+    """
+    if not cfg.DATASETS.FOLDER:
+        return cfg
+    path = os.path.realpath(os.path.expanduser(cfg.DATASETS.FOLDER))
+    names = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
+    if names and all(MetadataCatalog.get(name).get("folder") == path for name in names):
+        return cfg
+    default, cfg = get_cfg(), cfg.clone()
+    use_folder(
+        cfg,
+        [
+            key
+            for key in SET_BY_FOLDER
+            if not key.startswith("DATASETS.") and _get(cfg, key) != _get(default, key)
+        ],
+    )
+    return cfg
 
 
 def _prepare(path, val_share, class_names, alone):
@@ -172,7 +192,7 @@ def _set_datasets(cfg, names, given, hold_out):
 
 
 def _set_classes(cfg, names, given):
-    used = "MODEL.RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "MODEL.ROI_HEADS"
+    used = "MODEL.RETINANET" if _is_retina(cfg) else "MODEL.ROI_HEADS"
     for node in ("MODEL.ROI_HEADS", "MODEL.RETINANET"):
         key = f"{node}.NUM_CLASSES"
         value = _get(cfg, key)
@@ -207,6 +227,18 @@ def _set_masks(cfg, folder, given):
             f"INPUT.MASK_FORMAT is {format!r}, but {cfg.DATASETS.FOLDER} has RLE masks: leave the key "
             'out, or set it to "bitmask"'
         )
+
+
+def _used_keys(cfg):
+    """Return the keys of SET_BY_FOLDER that have an effect with this config."""
+    unused = {f"MODEL.{'ROI_HEADS' if _is_retina(cfg) else 'RETINANET'}.NUM_CLASSES"}
+    if not cfg.MODEL.MASK_ON:
+        unused.add("INPUT.MASK_FORMAT")
+    return [key for key in SET_BY_FOLDER if key not in unused]
+
+
+def _is_retina(cfg):
+    return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
 def _get(cfg, key):

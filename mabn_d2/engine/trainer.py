@@ -33,6 +33,7 @@ from .hooks import (
 )
 from .hooks.recalibrate import recalibrate_converted
 from .model_check import build_errors
+from .own_data import with_folder
 from .schedule import finalize_schedule, log_schedule
 
 
@@ -53,7 +54,7 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         _log_like_detectron2()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg = self.auto_scale_workers(with_folder(cfg), comm.get_world_size()).clone()
         finalize_schedule(cfg)
         log_schedule(cfg)
         with build_errors(cfg):

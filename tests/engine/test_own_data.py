@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -44,9 +45,11 @@ def exports(tmp_path_factory):
 
 
 def args(tmp_path, *arguments, config=CONFIG, data=None):
-    """Parse the command line of tools/train_net.py."""
-    file = tmp_path / "config.yaml"
-    file.write_text(config)
+    """Parse the command line of tools/train_net.py; `config` is a path or a text."""
+    file = config
+    if not isinstance(config, Path):
+        file = tmp_path / "config.yaml"
+        file.write_text(config)
     parser = default_argument_parser()
     parser.add_argument("--data")
     parsed = parser.parse_args(
@@ -58,27 +61,26 @@ def args(tmp_path, *arguments, config=CONFIG, data=None):
     return parsed
 
 
-RETINA = f"""
-_BASE_: "{ROOT}/configs/retinanet_R50_FPN_mabn_2x.yaml"
-MODEL: {{WEIGHTS: ""}}
-SOLVER: {{IMS_PER_BATCH: 2}}
-"""
-
-
 @pytest.mark.parametrize(
     "masks, wanted",
-    [("boxes", (False, "bitmask")), ("polygons", (True, "polygon")), ("rle", (True, "bitmask"))],
+    [("boxes", (False, None)), ("polygons", (True, "polygon")), ("rle", (True, "bitmask"))],
 )
-def test_what_is_set(exports, tmp_path, masks, wanted):
+def test_what_the_own_data_configs_get(exports, tmp_path, masks, wanted):
     folder = exports("coco", masks)
-    cfg = setup_config(args(tmp_path, data=folder))
-    assert cfg.is_frozen() and str(folder) == cfg.DATASETS.FOLDER
-    assert (f"coco_{masks}_train",) == cfg.DATASETS.TRAIN
-    assert (f"coco_{masks}_val",) == cfg.DATASETS.TEST
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
-    assert wanted == (cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT)
-    cfg = setup_config(args(tmp_path, config=RETINA, data=folder))
-    assert cfg.MODEL.RETINANET.NUM_CLASSES == 10 and not cfg.MODEL.MASK_ON
+    for name in ("mask_rcnn", "faster_rcnn", "retinanet"):
+        config = ROOT / f"configs/own_data_{name}_R50_FPN_mabn.yaml"
+        cfg = setup_config(args(tmp_path, "SOLVER.EPOCHS", 8, config=config, data=folder))
+        assert cfg.is_frozen() and str(folder) == cfg.DATASETS.FOLDER
+        assert cfg.DATASETS.TRAIN[0] == f"coco_{masks}_train"
+        assert cfg.DATASETS.TEST[0] == f"coco_{masks}_val"
+        node = cfg.MODEL.RETINANET if name == "retinanet" else cfg.MODEL.ROI_HEADS
+        assert node.NUM_CLASSES == 10
+        if name != "mask_rcnn":
+            assert not cfg.MODEL.MASK_ON
+        else:
+            assert wanted[0] == cfg.MODEL.MASK_ON
+            assert wanted[1] == cfg.INPUT.MASK_FORMAT or not wanted[0]
+        assert cfg.SOLVER.MAX_ITER == 8 * 6 // cfg.SOLVER.IMS_PER_BATCH
 
 
 def test_more_than_the_flag_sets(exports, tmp_path):
@@ -247,6 +249,22 @@ def test_resumed_run_keeps_its_classes(exports, trained, tmp_path):
     edit(folder / "labels.json", lambda c: c["categories"][3].update(name="neu"))
     with pytest.raises(BadAnnotationError, match="'neu'"):
         setup_config(parsed)
+
+
+def test_trainer_reads_the_folder_itself(exports, digits_cfg):
+    """In a script that only sets the key, or that takes the config of a run of another process."""
+    digits_cfg.DATASETS.FOLDER = str(exports("cvat", "rle"))
+    trainer = Trainer(digits_cfg)
+    assert trainer.cfg.DATASETS.TRAIN == ("cvat_rle_train",)
+    assert len(trainer.data_loader.dataset) < 8
+    for name in (*trainer.cfg.DATASETS.TRAIN, *trainer.cfg.DATASETS.TEST):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    again = Trainer(config_of({"config": trainer.cfg.dump()}))
+    assert values(again.cfg) == values(trainer.cfg)
+    digits_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 7
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 7"):
+        Trainer(digits_cfg)
 
 
 def test_script_of_ones_own(exports, digits_cfg):
