@@ -109,14 +109,15 @@ def hostile_commands(folder, weights):
         "convert imagenet": [convert, "imagenet", weights, out],
         "convert detector": [convert, "detector", weights, out],
         "convert fold": [convert, "fold", "--config-file", CONFIG, weights, out],
+        "predict": ["predict.py", "--checkpoint", weights, folder / "train"],
         "classify --checkpoint": [*classify, "--checkpoint", weights],
         "classify --resume": [*classify, "--output", output, "--resume", "auto"],
     }  # fmt: skip
 
 
 COMMANDS = ["train --resume", "train MODEL.WEIGHTS", "train --eval-only", "lazy --eval-only",
-            "convert imagenet", "convert detector", "convert fold", "classify --checkpoint",
-            "classify --resume"]  # fmt: skip
+            "convert imagenet", "convert detector", "convert fold", "predict",
+            "classify --checkpoint", "classify --resume"]  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
