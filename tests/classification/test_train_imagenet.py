@@ -5,12 +5,13 @@ import subprocess
 
 import pytest
 import torch
-import train_imagenet
 
 from classifying import ENVIRONMENT, RANKS, arguments, damage, load, make_data, read_log, train
 from mabn_d2.checkpoint.io import CheckpointError
+from mabn_d2.classification.arguments import parse_args
 from mabn_d2.classification.image_folder import Images, ImagesError, val_transform
 from mabn_d2.classification.models import ARCHS, build_classifier, norm_names
+from mabn_d2.classification.run_folder import load_checkpoint
 from paths import ROOT
 
 
@@ -121,8 +122,8 @@ def test_published_classifier_loads(tmp_path):
         {"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "R50.pth"
     )
     model = build_classifier("resnet50", "mabn", 2, 32, 1000)
-    args = train_imagenet.parse_args(["--data", "", "--test-only", "--checkpoint", "R50.pth"])
-    train_imagenet.load_checkpoint(model, tmp_path / "R50.pth", args)
+    args = parse_args(["--data", "", "--test-only", "--checkpoint", "R50.pth"])
+    load_checkpoint(model, tmp_path / "R50.pth", args)
     found = model.state_dict()
     assert not {name for name in state if "sta_matrix" not in name} - found.keys()
     for name in ("conv1.weight", "layer4.2.bn3.running_var", "fc.bias"):

@@ -8,9 +8,10 @@ import time
 
 import pytest
 import torch
-import train_imagenet
 
 from classifying import ENVIRONMENT, RANKS, arguments, damage, load, make_data, read_log, train
+from mabn_d2.classification import training
+from mabn_d2.classification.models import build_classifier
 from paths import ROOT
 
 
@@ -28,7 +29,7 @@ def test_signal_writes_a_checkpoint_and_the_run_goes_on_exactly(
     (tmp_path / "b").mkdir()
     partial = tmp_path / "b/.checkpoint.pth.1.partial"
     partial.touch()
-    rate, before = train_imagenet.learning_rate, signal.getsignal(number)
+    rate, before = training.learning_rate, signal.getsignal(number)
 
     def interrupt(args, iteration, epoch_iters):
         if iteration == 3:
@@ -36,7 +37,7 @@ def test_signal_writes_a_checkpoint_and_the_run_goes_on_exactly(
         return rate(args, iteration, epoch_iters)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train_imagenet, "learning_rate", interrupt)
+        patch.setattr(training, "learning_rate", interrupt)
         train(data, tmp_path / "b", *more)
     assert stop.value.code == 128 + number and signal.getsignal(number) is before
     assert load(tmp_path / "b")["iteration"] == 4 and not partial.exists()
@@ -85,7 +86,7 @@ def test_signal_to_all_processes_spares_the_loader_processes(data, tmp_path, lau
 @pytest.mark.parametrize("bad", [0, 2])
 def test_batch_of_nan_moves_nothing(data, tmp_path, monkeypatch, bad):
     """The rejected iteration is the first one, or the last of three; training goes on."""
-    to_input, calls = train_imagenet.to_input, iter(range(100))
+    to_input, calls = training.to_input, iter(range(100))
 
     def poisoned(images, args, device):
         inputs = to_input(images, args, device)
@@ -93,7 +94,7 @@ def test_batch_of_nan_moves_nothing(data, tmp_path, monkeypatch, bad):
 
     once = ("--epochs", 1)
     train(data, tmp_path / "two", *once, "--epoch-iters", 2, "--weight-decay", 0.01)
-    monkeypatch.setattr(train_imagenet, "to_input", poisoned)
+    monkeypatch.setattr(training, "to_input", poisoned)
     train(data, tmp_path / "bad", *once, "--weight-decay", 0.01)
     (line,) = read_log(tmp_path / "bad", "loss")
     assert line["rejected_batches"] == 1 and 2 < line["loss"] < 3
@@ -101,10 +102,7 @@ def test_batch_of_nan_moves_nothing(data, tmp_path, monkeypatch, bad):
     assert all(value.isfinite().all() for value in found["model"].values())
     if bad == 2:
         names = [
-            name
-            for name, _ in train_imagenet.build_classifier(
-                "small", "mabn", 2, 32, 10
-            ).named_parameters()
+            name for name, _ in build_classifier("small", "mabn", 2, 32, 10).named_parameters()
         ]
         assert all(torch.equal(found["model"][name], two["model"][name]) for name in names)
         for x, y in zip(found["optimizer"]["state"].values(), two["optimizer"]["state"].values()):

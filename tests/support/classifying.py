@@ -6,11 +6,10 @@ import sys
 
 import torch
 
+from mabn_d2.classification.arguments import parse_args
 from mabn_d2.classification.digit_crops import CropParams, make_digit_crops
+from mabn_d2.classification.training import train_classifier
 from paths import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import train_imagenet
 
 ENVIRONMENT = {
     **os.environ,
@@ -57,7 +56,7 @@ def arguments(data, output, *more):
 
 
 def train(data, output, *more):
-    return train_imagenet.main(train_imagenet.parse_args(arguments(data, output, *more)))
+    return train_classifier(parse_args(arguments(data, output, *more)))
 
 
 def load(output):

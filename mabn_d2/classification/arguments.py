@@ -1,0 +1,101 @@
+"""The arguments of a classifier's training."""
+
+import argparse
+import ast
+from collections.abc import Sequence
+
+import torch
+
+from .models import ARCHS, norm_names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Trains and tests classifiers on an image folder, with normalization batches of "
+        "any size. One process: tools/train_imagenet.py --data DIR. Eight GPUs: torchrun "
+        "--nproc_per_node 8 tools/train_imagenet.py --data DIR.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="with train/<class>/* and val/<class>/*")
+    add("--output", default="output/imagenet", metavar="DIR", help="checkpoint.pth, logs")
+    add("--arch", default="resnet50", choices=(*ARCHS, "small"))
+    add("--norm", default="mabn", choices=norm_names())
+    add("--norm-batch", type=int, default=2, help="images in one normalization batch")
+    add("--simulated-batch", type=int, default=32, help="images that MABN's windows span")
+    add(
+        "--norm-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of MABN2d or BatchRenorm2d; may be repeated",
+    )
+    add("--batch-size", type=int, default=32, help="images of one GPU in one iteration")
+    add("--epochs", type=int, default=120)
+    add(
+        "--epoch-iters",
+        type=int,
+        default=5000,
+        help="iterations of an epoch; 0: as many as the images fill",
+    )
+    add("--lr", type=float, default=0.1, help="the paper's, for 256 images an iteration")
+    add("--schedule", default="step", choices=("step", "cosine"))
+    add("--steps", type=int, nargs="*", default=[30, 60, 90], help="epochs; each divides it by 10")
+    add("--warmup-epochs", type=float, default=0.0, help="epochs in which the rate grows linearly")
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=1e-4)
+    add("--label-smoothing", type=float, default=0.1)
+    add("--crop", type=int, default=224, help="pixels, of training and test images")
+    add("--val-resize", type=int, default=256, help="shorter side before the centre crop")
+    add("--no-augment", action="store_true", help="training images are only resized")
+    add(
+        "--bgr255",
+        action="store_true",
+        help="input as published: BGR levels of 0-255 as they are; otherwise torchvision's",
+    )
+    add("--amp", action="store_true", help="forward in bfloat16")
+    add("--channels-last", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, default=8, help="loader processes of one GPU")
+    add("--seed", type=int, default=0)
+    add(
+        "--strict",
+        action="store_true",
+        help="an image that can't be read is an error; otherwise it is skipped, counted and named",
+    )
+    add(
+        "--resume",
+        default="no",
+        choices=("no", "auto"),
+        help="auto: go on with the run in --output, if there is one",
+    )
+    add("--checkpoint-period", type=int, default=0, metavar="ITERATIONS", help="0: every epoch")
+    add("--log-period", type=int, default=50, metavar="ITERATIONS")
+    add("--test-only", action="store_true")
+    add("--checkpoint", metavar="FILE", help="weights to test or to start from")
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    for name in ("batch_size", "epochs", "crop", "val_resize", "log_period"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.test_only and not args.checkpoint:
+        parser.error("--test-only needs --checkpoint FILE")
+    return args
+
+
+def parse_norm_options(options: Sequence[str]) -> dict[str, object]:
+    """Parse the values of --norm-option, each NAME=VALUE.
+
+    Raises:
+        ValueError: if an option has another form.
+    """
+    try:
+        return {name: ast.literal_eval(value) for name, value in (o.split("=") for o in options)}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--norm-option takes NAME=VALUE, a number, got {options}") from error

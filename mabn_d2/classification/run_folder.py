@@ -1,0 +1,155 @@
+"""The output folder of a classifier's training: checks, checkpoints, logs."""
+
+import json
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ..checkpoint.io import CheckpointError, atomic_file, read_checkpoint
+from ..checkpoint.state import unwrap
+
+CHECKPOINT = "checkpoint.pth"
+
+# Arguments that may change on resume; any other change is an error.
+MAY_CHANGE = {
+    "data",
+    "output",
+    "checkpoint",
+    "device",
+    "workers",
+    "strict",
+    "resume",
+    "test_only",
+    "log_period",
+    "checkpoint_period",
+}
+
+
+def check_output(args: Namespace) -> None:
+    """Raise ValueError, before data is read, if --output can't be written to or holds a run."""
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {folder} can't be written to: {error.strerror}") from error
+    if args.resume == "no" and (folder / CHECKPOINT).exists():
+        raise ValueError(
+            f"--output {folder} holds a run: add --resume auto to go on with it, or name another"
+        )
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, args: Namespace) -> dict:
+    """Load a checkpoint of a training, or any state dict of the same network.
+
+    Args:
+        model: gets the weights.
+        path: of the file.
+        args: `arch` and `norm` of the command line.
+
+    Returns:
+        Everything that the file holds.
+
+    Raises:
+        CheckpointError: if the file is of another architecture or norm, or does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    state, _ = unwrap(checkpoint)
+    for key in ("arch", "norm"):
+        saved = checkpoint.get(key)
+        if isinstance(saved, str) and saved != getattr(args, key):
+            raise CheckpointError(f"{path} is of --{key} {saved}, not {getattr(args, key)}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise CheckpointError(
+            f"{path} does not fit --arch {args.arch} --norm {args.norm} and the classes of --data: "
+            + " ".join(line.strip() for line in lines[1:4])[:400]
+        ) from error
+    return checkpoint
+
+
+def check_resume(checkpoint: Mapping, path: Path, settings: Mapping[str, object]) -> None:
+    """Raise CheckpointError unless the checkpoint is of a run with the same settings."""
+    if missing := {"optimizer", "iteration", "result", "args"} - checkpoint.keys():
+        raise CheckpointError(
+            f"{path} can't be resumed, it lacks {', '.join(sorted(missing))}: start from its "
+            "weights by --checkpoint, with another --output"
+        )
+    saved = checkpoint["args"]
+    other = [
+        f"--{name.replace('_', '-')} {saved[name]}, not {value}"
+        for name, value in settings.items()
+        if name not in MAY_CHANGE and name in saved and saved[name] != value
+    ]
+    if other:
+        raise CheckpointError(
+            f"{path} is of a run with {'; '.join(other)}: go on with its settings, or name another "
+            "--output"
+        )
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    result: dict | None,
+    settings: Mapping[str, object],
+) -> None:
+    """Write the checkpoint of a run, whole or not at all.
+
+    Args:
+        folder: of the run.
+        model: without its wrapper for several processes.
+        optimizer: of the model.
+        iteration: iterations that are done.
+        result: of the last test.
+        settings: arguments of the command line and the number of processes.
+    """
+    with atomic_file(folder / CHECKPOINT) as file:
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "iteration": iteration,
+                "arch": settings["arch"],
+                "norm": settings["norm"],
+                "result": result,
+                "args": dict(settings),
+            },
+            file,
+        )
+
+
+class Log:
+    """log.json, with one object a line, and TensorBoard; written by rank 0 only."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.writer = None
+        if rank == 0:
+            for partial in folder.glob(f".{CHECKPOINT}.*.partial"):  # of a run that was killed
+                partial.unlink()
+            self.path, self.writer = folder / "log.json", SummaryWriter(folder)
+
+    def write(self, iteration: int, values: Mapping[str, object]) -> None:
+        """Write numbers of an iteration; lists are written to log.json only."""
+        if self.writer is None:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        for name, value in values.items():
+            if not isinstance(value, list):
+                self.writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
+        if self.writer is not None:
+            self.writer.close()
