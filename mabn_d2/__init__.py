@@ -7,6 +7,7 @@ this package registers it there: the norm types "MABN" and "BRN", the backbones 
 
 from importlib.util import find_spec
 
+from .config_files import get_config_file
 from .layers import BatchRenorm2d, CenConv2d, MABN2d
 from .surgery.convert import convert_mabn
 from .surgery.fold import fold_mabn
@@ -22,6 +23,7 @@ __all__ = [
     "convert_mabn",
     "fold_mabn",
     "fuse_relu",
+    "get_config_file",
     "unfuse_relu",
     "update_mabn_stats",
 ]

@@ -1,17 +1,13 @@
 """tools/train_net.py on a machine that is slower than the others: what test_machines.py runs."""
 
 import random
-import sys
 import time
 
 from detectron2.engine import default_argument_parser
 
+from mabn_d2.commands.train_net import run
 from mabn_d2.engine import launch
 from mabn_d2.engine.guarded_trainer import GuardedTrainer
-from paths import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-from train_net import main
 
 run_step = GuardedTrainer.run_step
 
@@ -23,7 +19,7 @@ def late(trainer):
 
 def slow(args):
     GuardedTrainer.run_step = late
-    return main(args)
+    return run(args)
 
 
 if __name__ == "__main__":

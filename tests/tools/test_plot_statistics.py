@@ -1,13 +1,12 @@
 """Training under MODEL.MABN.LOG_PERIOD and the tool that draws what it wrote."""
 
 import json
-import runpy
 
 import pytest
 
-from mabn_d2.engine import Trainer
+from mabn_d2.commands.plot_statistics import main
+from mabn_d2.engine import Trainer, statistics_plot
 from mabn_d2.engine.hooks.log_statistics import LogStatistics
-from paths import ROOT
 
 
 def watched(run):
@@ -42,16 +41,15 @@ def test_training_writes_and_the_tool_draws(digits_cfg, tmp_path, capsys, monkey
     Trainer(bn).train()
     assert watched(tmp_path / "bn").keys() == set(bn.MODEL.MABN.LOG_LAYERS)
 
-    tool = runpy.run_path(str(ROOT / "tools/plot_statistics.py"))
     drawn = {}
-    plot = tool["plot"]
-    monkeypatch.setitem(
-        tool["main"].__globals__,
+    plot = statistics_plot.plot
+    monkeypatch.setattr(
+        statistics_plot,
         "plot",
         lambda columns, output: (drawn.update(columns), plot(columns, output)),
     )
     picture = tmp_path / "statistics.png"
-    tool["main"](
+    main(
         [
             digits_cfg.OUTPUT_DIR,
             str(tmp_path / "bn"),
@@ -69,10 +67,10 @@ def test_training_writes_and_the_tool_draws(digits_cfg, tmp_path, capsys, monkey
     assert all(set(column["psi"]) == {"batch", "window", "ema"} for column in drawn.values())
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
     drawn.clear()
-    tool["main"]([digits_cfg.OUTPUT_DIR, "--output", str(picture)])
+    main([digits_cfg.OUTPUT_DIR, "--output", str(picture)])
     assert list(drawn) == ["output\nbackbone.fpn_lateral2.norm"]  # the middle one
     with pytest.raises(SystemExit, match="no statistics of stem: use one of"):
-        tool["main"]([digits_cfg.OUTPUT_DIR, "--layer", "stem"])
+        main([digits_cfg.OUTPUT_DIR, "--layer", "stem"])
     digits_cfg.MODEL.MABN.LOG_LAYERS = ("stem",)
     with pytest.raises(ValueError, match="'stem'; there are backbone"):
         Trainer(digits_cfg)

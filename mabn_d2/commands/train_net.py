@@ -1,0 +1,55 @@
+"""Trains and evaluates Detectron2 models with MABN; the flags are Detectron2's own."""
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ..checkpoint import SafeCheckpointer, warn_of_differences
+from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
+from ..engine.own_data import log_folder
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = default_argument_parser()
+    parser.add_argument("--data", metavar="FOLDER", help="own images: docs/custom-data.md")
+    return parser.parse_args(arguments)
+
+
+@one_line_errors()
+def run(args: argparse.Namespace) -> dict:
+    """Train or evaluate in one process; return the results of the evaluation."""
+    cfg = setup_config(args)
+    if args.eval_only:
+        logged = cfg.clone()
+        logged.defrost()
+        logged.OUTPUT_DIR += "/evaluation"  # config.yaml and log.txt of the training stay
+        default_setup(logged, args)
+        log_folder(cfg)
+        model = Trainer.build_model(cfg)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        warn_of_differences(checkpointer.record, cfg)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    default_setup(cfg, args)
+    log_folder(cfg)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check everything before any process starts, so that an error is said once."""
+    check_data(setup_config(args, alone=True), train=not args.eval_only)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Start the processes that train or evaluate."""
+    args = parse_args(arguments)
+    launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), check)

@@ -1,0 +1,79 @@
+"""Draws what the hook `LogStatistics` wrote: batch statistics, their windows and their averages."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..visualization import plt, read_metrics
+from .config_check import ConfigError
+from .hooks.log_statistics import forward_order
+
+STYLES = {
+    "batch": {"color": "0.7", "linewidth": 0.8},
+    "window": {"color": "tab:blue", "linewidth": 1.5},
+    "ema": {"color": "tab:red", "linewidth": 1.5},
+}
+
+
+def read_statistics(run: str) -> dict:
+    """Return {layer: {statistic: {kind: [(iteration, value), ...]}}} of a run's metrics.json."""
+    layers = {}
+    for record in read_metrics(run):
+        for key, value in record.items():
+            if key.startswith("statistics/"):
+                _, layer, statistic, kind = key.split("/")
+                series = layers.setdefault(layer, {}).setdefault(statistic, {})
+                series.setdefault(kind, []).append((record["iteration"] + 1, value))
+    return layers
+
+
+def plot(columns: Mapping[str, Mapping], output: str) -> None:
+    """Draw {title: {statistic: {kind: series}}} into the picture `output`."""
+    rows = max(map(len, columns.values()))
+    figure, axes = plt.subplots(
+        rows,
+        len(columns),
+        figsize=(5 * len(columns), 2 * rows),
+        squeeze=False,
+        layout="constrained",
+        sharex=True,
+    )
+    for column, (title, statistics) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for axis in column[len(statistics) :]:
+            axis.set_axis_off()
+        for axis, (statistic, kinds) in zip(column, statistics.items()):
+            for kind, series in kinds.items():
+                axis.plot(*zip(*series), label=kind, **STYLES[kind])
+            axis.set_ylabel(statistic)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        column[len(statistics) - 1].set_xlabel("iteration")
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def plot_statistics(runs: Sequence[str], layer: str | None, output: str) -> None:
+    """Draw the statistics of one layer, a column for each run.
+
+    Args:
+        runs: output folders of trainings with MODEL.MABN.LOG_PERIOD.
+        layer: name of a norm layer; None takes the middle one of those that were logged.
+        output: the picture.
+
+    Raises:
+        ConfigError: if a run has no statistics of the layer.
+    """
+    columns = {}
+    for run in runs:
+        try:
+            layers = read_statistics(run)
+        except OSError as error:
+            raise ConfigError(f"{run} is not the output folder of a training: {error}") from error
+        names = sorted(sorted(layers), key=forward_order)
+        if not names:
+            raise ConfigError(f"{run} has no statistics: train with MODEL.MABN.LOG_PERIOD")
+        name = layer or names[len(names) // 2]
+        if name not in layers:
+            raise ConfigError(f"{run} has no statistics of {name}: use one of {', '.join(names)}")
+        columns[f"{Path(run).name}\n{name}"] = layers[name]
+    plot(columns, output)
