@@ -134,7 +134,7 @@ def test_published_classifier_loads(tmp_path):
     "more, message",
     [
         (("--norm-batch", 3), "multiple of batch_size"),
-        (("--norm-option", "warmup=3"), "has no argument warmup"),
+        (("--norm-option", "warmup=3"), "argument '?warmup"),
         (("--norm", "gn", "--norm-option", "eps=1"), "takes no settings"),
         (("--test-only", "--checkpoint", "nothing.pth"), "can't read nothing.pth"),
         (("--lr", 1e9, "--epoch-iters", 20), "not finite: lower --lr"),
