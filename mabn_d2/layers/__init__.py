@@ -4,6 +4,7 @@ from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
 from .cen_conv_transpose import CenConvTranspose2d, center_transposed_weight
 from .mabn import MABN2d
+from .norm_act import MABNAct2d, SplitMABNAct2d
 from .per_level import PerLevelNorm
 from .split_norms import SplitBatchNorm2d, SplitBatchRenorm2d, SplitMABN2d
 
@@ -12,10 +13,12 @@ __all__ = [
     "CenConv2d",
     "CenConvTranspose2d",
     "MABN2d",
+    "MABNAct2d",
     "PerLevelNorm",
     "SplitBatchNorm2d",
     "SplitBatchRenorm2d",
     "SplitMABN2d",
+    "SplitMABNAct2d",
     "center_transposed_weight",
     "center_weight",
 ]

@@ -4,11 +4,11 @@ import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 
 from ..layers import PerLevelNorm
-from ..surgery.frozen_batch_norm import FrozenReLUMixin
+from ..surgery.frozen_batch_norm import FrozenActMixin
 
 
-class FrozenBatchNormReLU2d(FrozenReLUMixin, FrozenBatchNorm2d):
-    """Detectron2's FrozenBatchNorm2d and ReLU."""
+class FrozenBatchNormAct2d(FrozenActMixin, FrozenBatchNorm2d):
+    """Detectron2's FrozenBatchNorm2d, dropout and activation."""
 
 
 @torch.no_grad()

@@ -3,13 +3,13 @@
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling.backbone import regnet
 
-from ..surgery.convert import BATCH_NORM_LISTS, PLAIN_BATCH_NORMS
+from ..surgery.batch_norms import BATCH_NORM_LISTS, PLAIN_BATCH_NORMS
 from ..surgery.convolutions import register_centred
 from ..surgery.fold import STOCK
 from ..surgery.fuse_relu import CONVS_WITH_ACTIVATION, FUSED_BLOCKS, RUN_IN_TURN
 from .convolutions import CenNormConv2d
 from .fused_blocks import FusedBasicBlock, FusedBasicStem, FusedBottleneckBlock
-from .stock_norms import FrozenBatchNormReLU2d, cycle_batch_norms
+from .stock_norms import FrozenBatchNormAct2d, cycle_batch_norms
 
 
 def register() -> None:
@@ -18,7 +18,7 @@ def register() -> None:
     CONVS_WITH_ACTIVATION.add(Conv2d)
     PLAIN_BATCH_NORMS.add(NaiveSyncBatchNorm)
     BATCH_NORM_LISTS.add(CycleBatchNormList)
-    STOCK["frozen_bn"] = (FrozenBatchNorm2d, FrozenBatchNormReLU2d)
+    STOCK["frozen_bn"] = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
     STOCK["per_level"] = cycle_batch_norms
     for fused in (FusedBasicStem, FusedBasicBlock, FusedBottleneckBlock):
         FUSED_BLOCKS[fused.__base__] = fused

@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from ..layers import CenConv2d, CenConvTranspose2d, center_transposed_weight, center_weight
+from ..layers import CenConv2d, CenConvTranspose2d, MABN2d, center_transposed_weight, center_weight
 
 # {stock class: class with centred filters}. Subclasses have forwards of their own, which an exchange
 # of the class would lose, so classes are looked up by their exact type.
@@ -20,8 +20,15 @@ CENTRED: dict[type[nn.Module], type[nn.Module]] = {
 }
 # Classes that standardize their filters in the forward: the mean of a filter is zero already.
 STANDARDIZED: set[type[nn.Module]] = set()
+# Classes with centred filters whose forward knows no bias.
+WITHOUT_BIAS: set[type[nn.Module]] = set()
 # Classes of optional libraries, and the module that registers them when a model has one.
-_REGISTERED_BY: dict[str, str] = {}
+_REGISTERED_BY = {
+    "torchvision.ops.deform_conv.DeformConv2d": ".torchvision_convolutions",
+    "timm.layers.conv2d_same.Conv2dSame": ".timm_convolutions",
+    "timm.layers.std_conv.StdConv2d": ".timm_convolutions",
+    "timm.layers.std_conv.StdConv2dSame": ".timm_convolutions",
+}
 
 
 def register_centred(stock: type[nn.Module], centred: type[nn.Module]) -> None:
@@ -91,11 +98,35 @@ def check_plain_weight(conv: nn.Module) -> None:
         raise ValueError(_recomputed(conv, f"a hook from {', '.join(conv._parameters)}"))
 
 
+def check_weights(model: nn.Module) -> None:
+    """Raise ValueError naming a centred convolution or a norm whose weight something else computes."""
+    kinds = (*CENTRED.values(), MABN2d)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            if nn.utils.parametrize.is_parametrized(module):
+                raise ValueError(f"{name}: {_recomputed(module, 'a parametrization')}")
+            try:
+                check_plain_weight(module)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
 def _recomputed(conv, by):
     return (
         f"the weight of {type(conv).__name__} is computed by {by}: remove it first "
         "(remove_weight_norm, remove_spectral_norm, prune.remove, remove_parametrizations)"
     )
+
+
+def check_bias(conv: nn.Module) -> None:
+    """Raise ValueError if a norm behind `conv` can't be folded into its weight and a bias."""
+    if type(conv) in STANDARDIZED:
+        raise ValueError(
+            f"{type(conv).__name__} standardizes its weight, which undoes a folded scale"
+        )
+    if type(conv) in WITHOUT_BIAS:
+        raise ValueError(f"{type(conv).__name__} has no bias")
+    check_plain_weight(conv)
 
 
 def center_conv(conv: nn.Module) -> None:

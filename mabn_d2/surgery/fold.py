@@ -1,54 +1,70 @@
 """MABN to stock layers, without a difference in evaluation.
 
 A centred convolution is a convolution with centred filters, and MABN in evaluation,
-y = w x / sqrt(R + eps) + b, is a frozen BatchNorm with the mean 0 and the variance R.
+y = w x / sqrt(R + eps) + b, is a BatchNorm with the mean 0 and the variance R.
 """
 
-from collections.abc import Iterator
-from copy import deepcopy
+import copy
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
-from .convolutions import is_convolution, per_filter, to_stock
+from ..layers.norm_act import NormAct
+from .convolutions import check_bias, check_weights, is_convolution, per_filter, to_stock
+from .first_forward import remove_check
 from .fuse_relu import unfuse_relu
 from .in_place import become
+from .pairs import Pair, find_pairs
 
-INTO = ("frozen_bn", "conv")
-
+INTO = ("frozen_bn", "conv", "batch_norm")
 
 # Stock layers of a library, which `modeling` sets to Detectron2's:
-# "frozen_bn": classes (plain, followed by ReLU) that are made like FrozenBatchNorm2d;
+# "frozen_bn": two classes, FrozenBatchNorm2d(num_features, eps) and one with (..., drop, act);
 # "per_level": a function that returns the stock list of BatchNorms for a PerLevelNorm of MABN.
 STOCK: dict[str, Any] = {}
 
 
-def fold_mabn(model: nn.Module, into: str = "frozen_bn") -> nn.Module:
+def fold_mabn(model: nn.Module, into: str = "frozen_bn", example_inputs: Any = None) -> nn.Module:
     """Return a copy of `model` in which centred convolutions and MABN are stock layers.
 
     Args:
         model: any module; what is neither a centred convolution nor MABN is only copied.
-        into: "frozen_bn", a convolution and a FrozenBatchNorm2d with the names of before
-            (Detectron2's class, or torchvision's if Detectron2 is not installed); or "conv", one
-            convolution with bias:
+        into: What MABN becomes.
+
+            - "frozen_bn": a FrozenBatchNorm2d in its place (Detectron2's class, or torchvision's if
+              Detectron2 is not installed). Outputs stay the same bit for bit.
+            - "batch_norm": a BatchNorm2d with the mean 0, or timm's BatchNormAct2d if it was
+              converted from one. A stock model of torchvision, timm or
+              segmentation_models_pytorch loads the state dict strictly:
+              `stock.load_state_dict(fold_mabn(model, "batch_norm").state_dict())`.
+            - "conv": nothing; the convolution in front gets a bias:
 
                 W' = w / sqrt(R + eps) * (W - mean(W)),  b' = b + w / sqrt(R + eps) * b_conv
 
-            Note that Detectron2's ResNet blocks have no bias under any norm, so that a file for it
-            needs "frozen_bn" there (`fold_detector`).
-        A PerLevelNorm becomes a CycleBatchNormList either way; it is for evaluation like the rest.
+              It must be certain that each norm gets its convolution's output, and that nothing else
+              does. Note that Detectron2's ResNet blocks have no bias under any norm, so that a file
+              for it needs "frozen_bn" there (`fold_detector`).
 
+            A PerLevelNorm becomes a CycleBatchNormList each time; it is for evaluation like the rest.
+        example_inputs: for "conv", the arguments of the model, a tuple, or its only argument. A
+            forward on them shows who uses the outputs of the convolutions, where neither the
+            structure of the model nor a symbolic trace does.
+    Returns:
+        The folded copy. It can be scripted, traced and exported if its stock layers can.
     Raises:
-        ValueError: for another `into`, or naming norms that have no convolution to fold into.
+        ValueError: for another `into`, naming norms that can't be folded into a convolution, or naming
+            weights that a hook or parametrization computes (weight_norm, spectral_norm, prune).
     """
     if into not in INTO:
         raise ValueError(f"into is {into!r}: use one of {', '.join(INTO)}")
-    return fold_in_place(unfuse_relu(deepcopy(model)), into)
+    check_weights(model)  # first, because such weights can't be copied either
+    return fold_in_place(unfuse_relu(copy.deepcopy(model)), into, example_inputs)
 
 
-def fold_in_place(model: nn.Module, into: str) -> nn.Module:
+def fold_in_place(model: nn.Module, into: str, example_inputs: Any = None) -> nn.Module:
     """Do what `fold_mabn` does in place, in a model without fused ReLU; return the model."""
     for module in list(model.modules()):
         if isinstance(module, PerLevelNorm) and isinstance(module[0], MABN2d):
@@ -58,38 +74,69 @@ def fold_in_place(model: nn.Module, into: str) -> nn.Module:
                     "Detectron2 is not installed"
                 )
             become(module, STOCK["per_level"](module))
-    pairs = list(_pairs(model))
-    if isinstance(model, MABN2d):
-        pairs = [("the model", model, None)]
-    unpaired = [name for name, _, conv in pairs if conv is None]
-    if into == "conv" and unpaired:
-        raise ValueError(
-            f"no convolution in front to fold {', '.join(unpaired)} into: use into='frozen_bn'"
-        )
-    for module in model.modules():
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    norms = [module for module in names if isinstance(module, MABN2d)]
+    pairs = _foldable(find_pairs(model, norms, example_inputs), names) if into == "conv" else {}
+    for module in names:
         to_stock(module)
-    folded = set()
-    for _, norm, conv in pairs:
-        if norm not in folded:
-            folded.add(norm)
-            become(norm, _frozen(norm) if into == "frozen_bn" else _fold_into(conv, norm))
-    # Detectron2's Conv2d has None where it has no norm.
-    for module in model.modules():
+    for norm in norms:
+        if into == "conv":
+            new = _fold_into(pairs[norm].convs, norm)
+        else:
+            new = _frozen(norm) if into == "frozen_bn" else _batch_norm(norm)
+        become(norm, new)
+    for module in names:
+        remove_check(module)
+        # Detectron2's Conv2d has None where it has no norm.
         if is_convolution(module) and type(getattr(module, "norm", None)) is nn.Identity:
             module.norm = None
     return model
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[str, MABN2d, nn.Module | None]]:
-    """Yield (name, norm, convolution in front or None) of every place of a MABN layer."""
-    for prefix, parent in model.named_modules():
-        conv = parent if is_convolution(parent) else None
-        for name, child in parent._modules.items():  # which, unlike named_children, repeats
-            if isinstance(child, MABN2d):
-                yield f"{prefix}.{name}".lstrip("."), child, conv
-            # The norm follows its convolution, as when they were paired.
-            if not is_convolution(parent):
-                conv = child if child is not None and is_convolution(child) else None
+def _foldable(
+    pairs: dict[nn.Module, Pair | str], names: dict[nn.Module, str]
+) -> dict[nn.Module, Pair]:
+    """Return the pairs if each norm can be folded into its convolutions.
+
+    Raises:
+        ValueError: naming the norms that can't, and their convolutions.
+    """
+    norms_of = Counter(
+        conv for pair in pairs.values() if isinstance(pair, Pair) for conv in pair.convs
+    )
+    problems, good = [], {}
+    for norm, pair in pairs.items():
+        if isinstance(pair, str):
+            problems.append(f"{names[norm]}: {pair}")
+            continue
+        convs = ", ".join(names[conv] for conv in pair.convs)
+        if pair.exclusive is None:
+            problems.append(
+                f"{names[norm]}: it is not certain that it gets the output of {convs} and that nothing "
+                "else does: give example_inputs"
+            )
+        elif not pair.exclusive or any(norms_of[conv] > 1 for conv in pair.convs):
+            problems.append(f"{names[norm]}: something else uses the output of {convs}, too")
+        else:
+            try:
+                for conv in pair.convs:
+                    check_bias(conv)
+                good[norm] = pair
+            except ValueError as error:
+                problems.append(f"{names[norm]}: {error}")
+    if problems:
+        raise ValueError(
+            "no convolution in front to fold these norms into (use into='frozen_bn' instead):\n"
+            + "\n".join(problems)
+        )
+    return good
+
+
+def _behind(norm: MABN2d) -> tuple[nn.Module, nn.Module] | None:
+    """Return the dropout and the activation that a norm applies to its output, or None."""
+    if isinstance(norm, NormAct):
+        return norm.drop, norm.act
+    return (nn.Identity(), nn.ReLU()) if norm.activation else None
 
 
 def _frozen(norm: MABN2d) -> nn.Module:
@@ -97,19 +144,60 @@ def _frozen(norm: MABN2d) -> nn.Module:
         from .frozen_batch_norm import KINDS
 
         STOCK["frozen_bn"] = KINDS
-    kinds = STOCK["frozen_bn"]
-    frozen = kinds[norm.activation is not None](norm.num_features, norm.eps).to(norm.running_var)
+    plain, with_act = STOCK["frozen_bn"]
+    behind = _behind(norm)
+    new = (
+        with_act(norm.num_features, norm.eps, *behind)
+        if behind
+        else plain(norm.num_features, norm.eps)
+    )
     with torch.no_grad():
         for name in ("weight", "bias", "running_var"):
-            getattr(frozen, name).copy_(getattr(norm, name))
-    return frozen.train(norm.training)
+            value = getattr(norm, name)
+            setattr(new, name, value.detach().to(norm.running_var.dtype, copy=True))
+    new.running_mean = torch.zeros_like(new.running_var)
+    return new.train(norm.training)
 
 
-def _fold_into(conv: nn.Module, norm: MABN2d) -> nn.Module:
-    """Fold `norm` into `conv`, and return what is left of it: its ReLU or nothing."""
+def _batch_norm(norm: MABN2d) -> nn.Module:
+    like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    behind = _behind(norm)
+    stock = nn.BatchNorm2d(norm.num_features, norm.eps, **like)
+    if isinstance(norm, NormAct):
+        new = copy.copy(norm.stock)
+        new.eps, new.num_features, new.affine, new.track_running_stats = (
+            norm.eps, norm.num_features, True, True
+        )  # fmt: skip
+        new._parameters, new._buffers = stock._parameters, stock._buffers
+        new._modules = {"drop": norm.drop, "act": norm.act}
+        stock = new
+    elif behind:
+        raise ValueError(
+            "nn.BatchNorm2d can't apply the ReLU of MABN2d(activation=\"relu\"): use into='frozen_bn'"
+        )
+    with torch.no_grad():
+        for name in ("weight", "bias", "running_var"):
+            getattr(stock, name).copy_(getattr(norm, name))
+    for name in ("weight", "bias"):
+        getattr(stock, name).requires_grad_(getattr(norm, name).requires_grad)
+    return stock.train(norm.training)
+
+
+def _fold_into(convs: tuple[nn.Module, ...], norm: MABN2d) -> nn.Module:
+    """Fold `norm` into the convolutions in front, and return what is left of it."""
     with torch.no_grad():
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() + (0 if conv.bias is None else scale * conv.bias)
-        conv.weight = nn.Parameter((conv.weight * per_filter(conv, scale)).to(conv.weight.dtype))
-        conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
-    return nn.ReLU() if norm.activation else nn.Identity()
+        for conv in convs:
+            bias = norm.bias.double() + (0 if conv.bias is None else scale * conv.bias)
+            weight = (conv.weight * per_filter(conv, scale)).to(conv.weight.dtype)
+            conv.weight = nn.Parameter(weight)
+            conv.bias = nn.Parameter(bias.to(weight.dtype))
+    behind = _behind(norm)
+    if behind is None:
+        return nn.Identity()
+    if isinstance(norm, NormAct):  # the names of their parameters stay
+        rest = nn.Sequential()
+        rest.add_module("drop", behind[0])
+        rest.add_module("act", behind[1])
+        return rest.train(norm.training)
+    return behind[1]

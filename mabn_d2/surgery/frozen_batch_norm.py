@@ -6,20 +6,25 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 
-class FrozenReLUMixin:
-    """A FrozenBatchNorm2d followed by ReLU, for a norm made with activation="relu"; same state.
+class FrozenActMixin:
+    """A FrozenBatchNorm2d followed by children `drop` and `act`, for a norm with an activation.
 
     The forward is written out, because TorchScript does not know `super()`.
     """
 
+    def __init__(self, num_features: int, eps: float, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(num_features, eps)
+        self.drop, self.act = drop, act
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(
+        x = F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        ).relu()
+        )
+        return self.act(self.drop(x))
 
 
-class FrozenBatchNormReLU2d(FrozenReLUMixin, FrozenBatchNorm2d):
-    """torchvision's FrozenBatchNorm2d and ReLU."""
+class FrozenBatchNormAct2d(FrozenActMixin, FrozenBatchNorm2d):
+    """torchvision's FrozenBatchNorm2d, dropout and activation."""
 
 
-KINDS: tuple[type[nn.Module], type[nn.Module]] = (FrozenBatchNorm2d, FrozenBatchNormReLU2d)
+KINDS: tuple[type[nn.Module], type[nn.Module]] = (FrozenBatchNorm2d, FrozenBatchNormAct2d)

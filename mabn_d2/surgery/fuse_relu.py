@@ -1,13 +1,14 @@
 """MABN and the ReLU behind it as one layer.
 
 `MABN2d(activation="relu")` takes about half the time of a norm and a ReLU. The ReLU stands in one of
-three forms, which are fused in place so that the keys of a state dict, and the plain lists that
+four forms, which are fused in place so that the keys of a state dict, and the plain lists that
 models keep of their parts, stay as they are:
 
 - an argument `activation` of a convolution that holds its norm (Detectron2's Conv2d in box, mask and
   semantic segmentation heads, ASPP): an `Applied` takes its place;
 - a module behind the norm, in a module that runs its children in turn (nn.Sequential; in Detectron2
   RetinaNet, FCOS, RegNet): the same;
+- the activation of a norm that has one (timm's BatchNormAct2d): the same;
 - a call in the forward of a block (Detectron2's ResNet): the class is exchanged for one without it.
 
 The classes of Detectron2 are registered by `modeling`.
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
+from ..layers.norm_act import NormAct
 
 # {class of a block: the class without the ReLU behind its convolutions `with_relu`}. Looked up by
 # the exact type: subclasses have forwards of their own.
@@ -92,7 +94,10 @@ def unfuse_relu(model: nn.Module) -> nn.Module:
 
 def _followed(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Yield (child, name of what runs next on its output, what that is) of a module's children."""
-    if isinstance(module, tuple(CONVS_WITH_ACTIVATION)):
+    if isinstance(module, NormAct):
+        if type(module.drop) is nn.Identity:
+            yield module, "act", module.act
+    elif isinstance(module, tuple(CONVS_WITH_ACTIVATION)):
         yield module.norm, "activation", module.activation
     elif type(module).forward in RUN_IN_TURN:
         for (_, child), (name, following) in pairwise(list(module._modules.items())):

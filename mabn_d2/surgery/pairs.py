@@ -1,0 +1,317 @@
+"""Which convolution stands in front of a norm, and whether anything else uses its output.
+
+The order in which a module registers its parts need not be the order in which it runs them. So a pair
+is taken from what the model does, as far as this can be found out:
+
+1. A convolution that holds the norm (Detectron2's Conv2d), and a module that runs its children in
+   turn (nn.Sequential) leave no doubt.
+2. With example inputs a forward shows which output each norm gets, and who else gets it.
+3. Otherwise the forward of the module that holds the norm is traced symbolically (torch.fx).
+4. If that is not possible, the module registered just before the norm is taken. Whoever takes it has
+   to check it (`first_forward`).
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .convolutions import is_convolution
+from .fuse_relu import RUN_IN_TURN
+
+
+class Pair(NamedTuple):
+    """The convolutions whose outputs a norm gets.
+
+    Attributes:
+        convs: more than one if the norm is shared.
+        certain: whether the structure of the model, or a forward, leaves no doubt.
+        exclusive: whether nothing else uses the outputs; None if this is not known.
+    """
+
+    convs: tuple[nn.Module, ...]
+    certain: bool
+    exclusive: bool | None
+
+
+class Place(NamedTuple):
+    """One place of a module: `path` is `name` in `parent`, both from the root of the model."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    module: nn.Module
+
+
+def places_of(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[Place]:
+    """Yield every place of `modules` in `model`, also the second one of a module that is shared."""
+    wanted = set(modules)
+    for prefix, parent in model.named_modules():
+        for name, child in parent._modules.items():  # which, unlike named_children, repeats
+            if child in wanted:
+                yield Place(f"{prefix}.{name}".lstrip("."), parent, name, child)
+
+
+def find_pairs(
+    model: nn.Module, norms: Iterable[nn.Module], example_inputs: Any = None
+) -> dict[nn.Module, Pair | str]:
+    """Return the Pair of each norm, or the reason why it has none.
+
+    Args:
+        example_inputs: arguments of the model, a tuple, or its only argument. The forward runs in
+            evaluation mode, without gradients.
+    """
+    norms = list(norms)
+    names = {module: name for name, module in model.named_modules()}
+    uses = Counter(c for m in model.modules() for c in m._modules.values() if c is not None)
+    by_data = {} if example_inputs is None else _by_data(model, norms, example_inputs, names)
+    owners = _owners(model)
+    traces: dict[nn.Module, fx.Graph | None] = {}
+    found: dict[nn.Module, Pair | str] = {}
+    for place in places_of(model, norms):
+        norm = place.module
+        pair = _by_structure(place, uses)
+        if pair is None and norm in by_data:
+            pair = by_data[norm]
+        if pair is None:
+            pair = _by_trace(place, owners[place.parent], traces, names)
+        if pair is None:
+            pair = _by_registration(place)
+        found[norm] = _merged(found[norm], pair) if norm in found else pair
+    for norm in norms:
+        found.setdefault(norm, f"nothing stands in front of it in {type(model).__name__}")
+    return found
+
+
+def _merged(first: Pair | str, second: Pair | str) -> Pair | str:
+    if isinstance(first, str) or isinstance(second, str):
+        return first if isinstance(first, str) else second
+    convs = dict.fromkeys(first.convs + second.convs)
+    exclusive = (
+        None
+        if None in (first.exclusive, second.exclusive)
+        else (bool(first.exclusive and second.exclusive))
+    )
+    return Pair(tuple(convs), first.certain and second.certain, exclusive)
+
+
+def _owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return {module: itself, or the nearest module above it that has a forward}."""
+    owners = {model: model}
+    for module in model.modules():
+        for child in module._modules.values():
+            if child is not None and child not in owners:
+                runs = type(child).forward is not nn.Module.forward
+                owners[child] = child if runs else owners[module]
+    return owners
+
+
+def _by_structure(place: Place, uses: Counter) -> Pair | str | None:
+    parent = place.parent
+    if is_convolution(parent):
+        return Pair((parent,), True, uses[place.module] == 1)
+    if type(parent).forward not in RUN_IN_TURN:
+        return None
+    before = None
+    for name, child in parent._modules.items():
+        if name == place.name:
+            break
+        before = child if child is not None and type(child) is not nn.Identity else before
+    if before is None:
+        return None  # what runs before the parent does not show here
+    if not is_convolution(before):
+        return None if any(is_convolution(m) for m in before.modules()) else _wrong(before)
+    return Pair((before,), True, uses[before] == 1 and uses[place.module] == 1)
+
+
+def _wrong(before: nn.Module) -> str:
+    cls = type(before)
+    return (
+        f"its input is the output of {cls.__module__}.{cls.__qualname__}, which can't be a "
+        "zero-centred convolution"
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Runs one forward symbolically; the modules that it calls are opaque."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _trace(owner: nn.Module) -> fx.Graph | None:
+    """Return the graph of a module's forward; None if it can't be traced."""
+    shell = copy.copy(owner)  # takes what the forward assigns
+    shell._modules = dict(owner._modules)
+    try:
+        graph = _Tracer().trace(shell)
+    except Exception:  # whatever a forward raises that gets no tensors
+        return None
+    return graph
+
+
+def _by_trace(
+    place: Place,
+    owner: nn.Module,
+    traces: dict[nn.Module, fx.Graph | None],
+    names: dict[nn.Module, str],
+) -> Pair | str | None:
+    if owner not in traces:
+        traces[owner] = _trace(owner)
+    graph = traces[owner]
+    if graph is None:
+        return None
+
+    def called(node: Any) -> nn.Module | None:
+        is_call = isinstance(node, fx.Node) and node.op == "call_module"
+        return owner.get_submodule(str(node.target)) if is_call else None
+
+    calls = [node for node in graph.nodes if called(node) is place.module]
+    if not calls:
+        return None
+    convs: dict[nn.Module, None] = {}
+    for call in calls:
+        source = call.args[0] if call.args else next(iter(call.kwargs.values()), None)
+        while type(called(source)) is nn.Identity:
+            source = source.args[0]
+        module = called(source)
+        if module is None:
+            if isinstance(source, fx.Node) and source.op == "placeholder":
+                return None  # an argument of the forward: the owner's caller knows
+            what = f"{source.op} {source.name}" if isinstance(source, fx.Node) else repr(source)
+            return (
+                f"its input is not the output of a convolution but of {what} in "
+                f"{type(owner).__name__}.forward"
+            )
+        if not is_convolution(module):
+            if any(is_convolution(m) for m in module.modules()):
+                return None  # the convolution may be the last thing in there
+            return f"{_wrong(module)} ({names[module]})"
+        convs[module] = None
+    outputs = [node for node in graph.nodes if called(node) in convs]
+    for node in (user for output in outputs for user in output.users):
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op in ("call_function", "call_method") and name[-1] == "_" != name[-2]:
+            return f"its input is the output of a convolution that {name} changes in place"
+    exclusive = all(set(node.users) <= set(calls) for node in outputs)
+    return Pair(tuple(convs), False, exclusive)
+
+
+def _by_registration(place: Place) -> Pair | str:
+    before = None
+    for name, child in place.parent._modules.items():
+        if name == place.name:
+            break
+        before = child if child is not None else before
+    if before is None:
+        return f"nothing stands in front of it in {type(place.parent).__name__}"
+    if not is_convolution(before):
+        return f"{_wrong(before)}, or give example_inputs to show what is in front of it"
+    return Pair((before,), False, None)
+
+
+class _Output:
+    """One output of a convolution in the recorded forward."""
+
+    def __init__(self, conv: nn.Module, tensor: torch.Tensor) -> None:
+        self.conv, self.tensor, self.version = conv, tensor, tensor._version
+        self.norms: set[nn.Module] = set()
+        self.other = False
+
+    def reaches(self, x: torch.Tensor) -> bool:
+        return same_values(x, self.tensor, self.version)
+
+
+def same_values(x: torch.Tensor, output: torch.Tensor, version: int) -> bool:
+    """Return True if x has the values that `output` had at `version`, in any dtype and layout."""
+    if output._version != version or x.shape != output.shape:
+        return False
+    return x is output or x.is_set_to(output) or torch.equal(x, output.to(x.dtype))
+
+
+class _Users(TorchDispatchMode):
+    """Marks the recorded outputs that operators outside of the norms get."""
+
+    def __init__(self, outputs: dict[int, _Output]) -> None:
+        super().__init__()
+        self.outputs, self.depth = outputs, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.depth == 0:
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in self.outputs:
+                    self.outputs[id(leaf)].other = True
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def _by_data(
+    model: nn.Module, norms: list[nn.Module], example_inputs: Any, names: dict[nn.Module, str]
+) -> dict[nn.Module, Pair | str]:
+    """Run the model; return the Pair, or the problem, of each norm that is called."""
+    outputs: dict[int, _Output] = {}  # by id; the tensors are kept, so that ids stay unique
+    inputs: dict[nn.Module, list[_Output | None]] = {}
+    users = _Users(outputs)
+
+    def after_conv(conv, args, output):
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                outputs[id(tensor)] = _Output(conv, tensor)
+
+    def before_norm(norm, args, kwargs):
+        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        users.depth += 1  # comparisons and the norm itself are no other users
+        source = outputs.get(id(x))
+        if source is None or not source.reaches(x):
+            source = next((o for o in reversed(outputs.values()) if o.reaches(x)), None)
+        if source is not None:
+            source.norms.add(norm)
+        inputs.setdefault(norm, []).append(source)
+
+    def after_norm(norm, args, output):
+        users.depth -= 1
+
+    handles = []
+    convs = (m for m in names if is_convolution(m) and getattr(m, "norm", None) is None)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        handles += [conv.register_forward_hook(after_conv) for conv in convs]
+        for norm in norms:
+            handles.append(norm.register_forward_pre_hook(before_norm, with_kwargs=True))
+            handles.append(norm.register_forward_hook(after_norm))
+        model.eval()
+        with users:
+            result = run(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    for leaf in tree_leaves(result):
+        if id(leaf) in outputs:
+            outputs[id(leaf)].other = True
+    found: dict[nn.Module, Pair | str] = {}
+    for norm, sources in inputs.items():
+        fed = [source for source in sources if source is not None]
+        if len(fed) < len(sources):
+            found[norm] = "its input is not the output of a convolution"
+            continue
+        convs = tuple(dict.fromkeys(source.conv for source in fed))
+        exclusive = all(
+            output.norms == {norm} and not output.other
+            for output in outputs.values()
+            if output.conv in convs
+        )
+        found[norm] = Pair(convs, True, exclusive)
+    return found
+
+
+def run(model: nn.Module, example_inputs: Any) -> Any:
+    """Call the model with example inputs: a tuple of arguments, or the only argument."""
+    return model(*example_inputs) if isinstance(example_inputs, tuple) else model(example_inputs)
