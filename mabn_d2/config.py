@@ -45,6 +45,13 @@ def add_mabn_config(cfg):
     # "skip", logged and counted (the scalar bad_images).
     cfg.DATALOADER.BAD_INPUT = "stop"
 
+    # Settings of two of Detectron2's samplers (DATALOADER.SAMPLER_TRAIN), which its own config lacks.
+    # RandomSubsetTrainingSampler: the share of the images that is trained on.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.1
+    # WeightedTrainingSampler and WeightedCategoryTrainingSampler: pairs of a dataset of DATASETS.TRAIN
+    # and how often each of its images is drawn in an epoch; 1 for the others.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+
     # Own images: a folder as a labelling tool writes it, or a COCO JSON file, that DATASETS.TRAIN and
     # TEST, the number of classes and the masks are set from (tools/train_net.py --data). "": not used.
     cfg.DATASETS.FOLDER = ""

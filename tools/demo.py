@@ -9,7 +9,7 @@ import torch
 from detectron2.engine import default_argument_parser, default_setup
 from tabulate import tabulate
 
-from mabn_d2.engine import Trainer, one_line_errors, setup_config
+from mabn_d2.engine import Trainer, check_data, one_line_errors, setup_config
 from mabn_d2.visualization import draw_predictions, plot_run
 
 CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
@@ -23,6 +23,7 @@ def main():
     args = parser.parse_args()
     start = time.monotonic()
     cfg = setup_config(args)
+    check_data(cfg)  # before default_setup writes to OUTPUT_DIR
     default_setup(cfg, args)
     logging.getLogger("detectron2").info(
         f"Training on {cfg.MODEL.DEVICE}, torch {torch.__version__}"

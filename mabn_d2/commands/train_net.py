@@ -23,6 +23,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict:
     """Train or evaluate in one process; return the results of the evaluation."""
     cfg = setup_config(args)
+    check_data(cfg, train=not args.eval_only)  # before default_setup writes to OUTPUT_DIR
     if args.eval_only:
         logged = cfg.clone()
         logged.defrost()
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check everything before any process starts, so that an error is said once."""
-    check_data(setup_config(args, alone=True), train=not args.eval_only)
+    """Check the config before any process starts, so that an error is said once."""
+    setup_config(args, alone=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

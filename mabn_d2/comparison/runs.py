@@ -14,7 +14,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 from ..checkpoint.io import atomic_file
-from ..engine import ConfigError, Trainer, one_line_errors, setup_config
+from ..engine import ConfigError, Trainer, check_data, one_line_errors, setup_config
 from ..visualization import draw_predictions, read_metrics
 from .rows import parse_row
 
@@ -87,6 +87,7 @@ def _average_precision(results: dict, task: str, name: str) -> float:
 def train(args: Namespace, row: str, seed: int) -> None:
     """Train a run to its end in each of its processes; the first process writes result.json."""
     cfg = make_config(args, row, seed)
+    check_data(cfg)  # before default_setup writes to OUTPUT_DIR
     default_setup(cfg, SimpleNamespace(config_file=str(args.config_file), opts=args.opts))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)

@@ -5,33 +5,79 @@ a run resumes. Here the images of iteration i on a rank are the same whether the
 whatever the number of loader workers, so that a resumed run can equal the straight one.
 """
 
+from collections.abc import Callable
+
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
+    print_instances_class_histogram,
 )
-from detectron2.data.build import trivial_batch_collator
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.build import (
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+    trivial_batch_collator,
+)
+from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils import comm
+from torch.utils.data import DataLoader
 
 from .batches import TrainingBatches
-from .coco_files import leave_out_bad_entries
+from .errors import DataError
 from .mapper import NamingMapper, SeededDataset
+from .proposals import add_proposals
+from .samplers import build_sampler
 from .workers import end_with_parent, guard_workers
 
 
-def build_test_loader(cfg, dataset_name):
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Build Detectron2's loader for evaluation, whose errors name the image.
 
-    BAD_INPUT "skip" does not apply: the AP of fewer images is another.
+    BAD_INPUT "skip" does not apply, because the AP of fewer images is a different number.
     """
+    records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = cfg.DATASETS.PROPOSAL_FILES_TEST
+        add_proposals(records, files[list(cfg.DATASETS.TEST).index(dataset_name)])
     mapper = NamingMapper(DatasetMapper(cfg, False))
-    return guard_workers(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+    loader = build_detection_test_loader(
+        records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    return guard_workers(loader)
 
 
-def build_train_loader(cfg, mapper=None):
+def load_records(cfg: CfgNode) -> list[tuple[str, list[dict]]]:
+    """Return the sets of DATASETS.TRAIN, each with its name and the records that are trained on.
+
+    It does what `get_detection_dataset_dicts` does for all sets at once, with safe proposals.
+    """
+    names, sets = cfg.DATASETS.TRAIN, []
+    for position, name in enumerate(names):
+        records = get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
+        if cfg.MODEL.LOAD_PROPOSALS:
+            add_proposals(records, cfg.DATASETS.PROPOSAL_FILES_TRAIN[position])
+        if "annotations" in records[0]:
+            if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+                records = filter_images_with_only_crowd_annotations(records)
+            if cfg.MODEL.KEYPOINT_ON:
+                least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+                records = filter_images_with_few_keypoints(records, least)
+        sets.append((name, records))
+    everything = [record for _, records in sets for record in records]
+    if not everything:
+        raise DataError(f"DATASETS.TRAIN is {names}, where no image is left to train on")
+    classes = MetadataCatalog.get(names[0]).get("thing_classes")
+    if classes is not None and "annotations" in everything[0]:
+        check_metadata_consistency("thing_classes", names)
+        print_instances_class_histogram(everything, classes)
+    return sets
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> DataLoader:
     """Build the loader from DATASETS, DATALOADER, SOLVER.IMS_PER_BATCH and ACCUMULATION_STEPS.
 
     Returns:
@@ -39,8 +85,8 @@ def build_train_loader(cfg, mapper=None):
         micro-batches one behind the other; `loader.batch_sampler.start` is the iteration that it
         begins with.
     Raises:
-        ValueError: if IMS_PER_BATCH is no multiple of all processes' micro-batches, or for a sampler
-            that can't be resumed.
+        ValueError: if IMS_PER_BATCH is no multiple of all processes' micro-batches.
+        DataError: if the sampler or the proposals can't be used, or no image is left.
     """
     steps = cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
     micro_batches = comm.get_world_size() * steps
@@ -50,32 +96,11 @@ def build_train_loader(cfg, mapper=None):
             f"of training processes ({comm.get_world_size()}) times SOLVER.ACCUMULATION_STEPS "
             f"({steps}): change one of them"
         )
-    skip = cfg.DATALOADER.get("BAD_INPUT") == "skip"
-    if skip:
-        leave_out_bad_entries(cfg.DATASETS.TRAIN)
     # One seed for all ranks: they share one shuffle and take every n-th image of it.
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
-        sampler = TrainingSampler(len(records), seed=seed)
-    elif name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
-    else:
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is {name!r}: use TrainingSampler or "
-            "RepeatFactorTrainingSampler"
-        )
+    sets = load_records(cfg)
+    sampler = build_sampler(cfg, sets, seed)
+    records = [record for _, part in sets for record in part]
     batches = TrainingBatches(
         [(record.get("width", 1), record.get("height", 1)) for record in records],
         sampler,
@@ -84,12 +109,12 @@ def build_train_loader(cfg, mapper=None):
         seed,
         steps,
     )
-    remedy = 'mend or remove it, or set DATALOADER.BAD_INPUT to "skip"'
-    return torch.utils.data.DataLoader(
+    remedy = 'repair or remove it, or set DATALOADER.BAD_INPUT to "skip"'
+    return DataLoader(
         SeededDataset(
             DatasetFromList(records, copy=False),
             NamingMapper(mapper or DatasetMapper(cfg, True), remedy),
-            skip_bad=skip,
+            skip_bad=cfg.DATALOADER.get("BAD_INPUT") == "skip",
         ),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -1,6 +1,7 @@
 """Training and evaluation."""
 
-from .config_check import check_config, check_data, read_config, setup_config
+from .config_check import check_config, read_config, setup_config
+from .data_check import check_data
 from .errors import ConfigError, one_line_errors
 from .launch import launch
 from .model_check import check_model

@@ -1,6 +1,5 @@
 """From the command line to a config that has been checked before any data is read."""
 
-import logging
 import tempfile
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
-from ..data.coco_check import check_coco
-from ..data.coco_files import coco_files
 from ..modeling.norm_table import NORMS
 from ..solver import OPTIMIZERS
 from .errors import ConfigError
@@ -193,21 +190,6 @@ def check_config(cfg, workers=1, resume=False, train=True):
                 else "correct the path, or set it to '' to start from random weights"
             )
         )
-
-
-def check_data(cfg, train=True):
-    """Check the COCO files of DATASETS, as far as they are there already.
-
-    Raises:
-        BadAnnotationError: for what DATALOADER.BAD_INPUT "skip" can't or may not leave out: nothing of
-            DATASETS.TEST, where the AP of fewer images would be another.
-    """
-    for _, json_file, image_root in coco_files(cfg.DATASETS.TEST):
-        check_coco(json_file, image_root, remedy="as an evaluation leaves nothing out")
-    skip = cfg.DATALOADER.BAD_INPUT == "skip"
-    for name, json_file, image_root in coco_files(cfg.DATASETS.TRAIN if train else ()):
-        for problem in check_coco(json_file, image_root, skip):
-            logging.getLogger(__name__).warning(f"{name}: {problem}")
 
 
 def _check_output(cfg, resume):

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.utils import comm
 
 from ..checkpoint import CheckpointError
-from ..data.coco_check import BadAnnotationError
+from ..data.errors import DataError
 from ..data.mapper import BadImageError
 
 
@@ -22,7 +22,7 @@ class ConfigError(ValueError):
         super().__init__(one_line(message))
 
 
-ONE_LINE = (ConfigError, BadAnnotationError, BadImageError, CheckpointError)
+ONE_LINE = (ConfigError, DataError, BadImageError, CheckpointError)
 
 
 @contextmanager
@@ -33,6 +33,8 @@ def one_line_errors() -> Iterator[None]:
     except ONE_LINE as error:
         if os.environ.get("MABN_D2_TRACEBACK", "0") != "0":
             raise
+        if getattr(error, "said_elsewhere", False):  # by another process of this run
+            sys.exit(1)
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 

@@ -1,18 +1,10 @@
 """The trainer that tools/train_net.py runs."""
 
 import logging
-import os
 import weakref
 
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
-from detectron2.evaluation import (
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluators,
-    SemSegEvaluator,
-)
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
@@ -24,6 +16,8 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm_table import norm_settings
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
+from .data_check import check_data
+from .evaluators import build_evaluator
 from .guarded_trainer import GuardedDDP, GuardedTrainer
 from .hooks import (
     LogStatistics,
@@ -41,8 +35,9 @@ class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer, for MABN.
 
     What differs: WEIGHT_DECAY_NORM reaches MABN; SOLVER.AMP and several processes work on CPU too;
-    bad batches are skipped (`GuardedTrainer`); evaluators for COCO; and with SEED >= 0 a resumed
-    run equals the straight one (exactly so on CPU).
+    bad batches are skipped (`GuardedTrainer`); datasets are checked first (`check_data`), and
+    all types have their evaluators; and with SEED >= 0 a resumed run equals the straight one (exactly
+    so on CPU).
 
     Each rank has MABN statistics of its own, as it has BatchNorm's in Detectron2: each evaluates its
     share of the images by its own, and rank 0's are saved. With MODEL.MABN.SYNC_BEFORE_EVAL the
@@ -54,7 +49,10 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         _log_like_detectron2()
-        cfg = self.auto_scale_workers(with_folder(cfg), comm.get_world_size()).clone()
+        cfg = with_folder(cfg)
+        own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
+        check_data(cfg, evaluators=not own)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         finalize_schedule(cfg)
         log_schedule(cfg)
         with build_errors(cfg):
@@ -168,23 +166,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        """Return the evaluator of the dataset's `evaluator_type`: a COCO one.
-
-        Raises:
-            ValueError: for a type that is not COCO's.
-        """
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        evaluators = {
-            "coco": [COCOEvaluator],
-            "coco_panoptic_seg": [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator],
-        }
-        if kind not in evaluators:
-            raise ValueError(
-                f"no evaluator for {dataset_name} of type {kind!r}: use one of "
-                f"{', '.join(evaluators)}, or override Trainer.build_evaluator"
-            )
-        return DatasetEvaluators([e(dataset_name, output_dir=folder) for e in evaluators[kind]])
+        """Return the evaluators of the dataset's `evaluator_type`, as `evaluators.EVALUATORS` says."""
+        return build_evaluator(cfg, dataset_name)
 
 
 def _log_like_detectron2():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from mabn_d2 import CheckpointError
@@ -199,12 +200,13 @@ def test_nothing_is_left_out_of_an_evaluation(digits_cfg, tmp_path):
     content["images"][2]["file_name"] = "missing.jpg"
     file = tmp_path / "val.json"
     file.write_text(json.dumps(content))
-    MetadataCatalog.get("part").set(json_file=str(file), image_root=str(tmp_path))
+    register_coco_instances("part", {}, str(file), str(tmp_path))
     digits_cfg.DATALOADER.BAD_INPUT = "skip"
     digits_cfg.DATASETS.TEST = ("part",)
     for train in (True, False):
         with pytest.raises(BadAnnotationError, match="no file.*an evaluation leaves nothing out"):
             check_data(digits_cfg, train=train)
+    DatasetCatalog.remove("part")
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK"])

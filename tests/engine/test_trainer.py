@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
 from commands import train
@@ -87,8 +88,10 @@ def test_training_moves_every_layer_and_evaluates(digits_cfg):
 def test_evaluators(digits_cfg):
     (evaluator,) = Trainer.build_evaluator(digits_cfg, "small_scenes_val")._evaluators
     assert isinstance(evaluator, COCOEvaluator)
-    with pytest.raises(ValueError, match="'lvis'"):
-        Trainer.build_evaluator(digits_cfg, "lvis_v1_val")
+    with pytest.raises(ConfigError, match="ade20k_sem_seg_val.*evaluator_type is 'unknown'"):
+        MetadataCatalog.get("ade20k_sem_seg_val").__dict__["evaluator_type"] = "unknown"
+        Trainer.build_evaluator(digits_cfg, "ade20k_sem_seg_val")
+    MetadataCatalog.get("ade20k_sem_seg_val").__dict__["evaluator_type"] = "sem_seg"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..coco_check import BadAnnotationError
+from ..errors import BadAnnotationError
 
 # Categories that stand for what is no object; tools write them although nothing is labelled so.
 BACKGROUND_NAMES = {"_background_", "__background__", "background", "__ignore__"}

@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..coco_check import BadAnnotationError
+from ..errors import BadAnnotationError
 from .categories import unify_categories
 from .image_files import ImageFinder
 from .layouts import WHOLE, Layout, find_layout

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..coco_check import BadAnnotationError
+from ..errors import BadAnnotationError
 
 PART_NAMES = {  # part of a dataset: words by which files and folders name it
     "train": {"train", "training"},

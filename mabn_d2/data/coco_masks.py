@@ -1,0 +1,197 @@
+"""Checks of COCO segmentations: polygons and run-length encodings (RLE)."""
+
+import math
+from array import array
+from typing import Any, NamedTuple
+
+import numpy as np
+
+OUTSIDE = 1.0  # how far a polygon may reach beyond the image, in sizes of the image
+LARGEST = 1e9  # of a coordinate
+MIN_POLYGON = 6  # numbers, which are three points
+CHUNK = 5_000  # annotations whose numbers fit into the cache
+MAX_DIGITS = 7  # of 5 bits, of a run that 32 bits hold
+WRONG_COUNTS = "an RLE whose counts do not add up to the image"
+
+NO_MASK, POLYGONS, RLE = 0, 1, 2
+
+
+class MaskScan(NamedTuple):
+    """What `scan_masks` finds.
+
+    Attributes:
+        kinds: (N,) uint8, one of NO_MASK, POLYGONS and RLE.
+        suspects: positions of the annotations that `mask_problem` has to look at.
+    """
+
+    kinds: np.ndarray
+    suspects: set[int]
+
+
+def scan_masks(annotations: list[dict], heights: np.ndarray, widths: np.ndarray) -> MaskScan:
+    """Look at the segmentations of all annotations at once, which is fast.
+
+    Args:
+        annotations: COCO annotations.
+        heights: (N,), of the image of each annotation.
+        widths: (N,), likewise.
+    """
+    kinds, suspects = np.zeros(len(annotations), np.uint8), set()
+    for first in range(0, len(annotations), CHUNK):
+        _scan_part(annotations[first : first + CHUNK], first, heights, widths, kinds, suspects)
+    return MaskScan(kinds, suspects)
+
+
+def _scan_part(annotations, first, heights, widths, kinds, suspects):
+    numbers, lengths, owners = array("d"), [], []
+    encoded, encoded_owners = [], []
+    for position, annotation in enumerate(annotations, first):
+        masks = annotation.get("segmentation")
+        if not masks:
+            continue  # an empty list is the same as no segmentation
+        if isinstance(masks, list):
+            kinds[position] = POLYGONS
+            try:
+                for polygon in masks:
+                    length = len(polygon)
+                    if length < MIN_POLYGON or length % 2:
+                        raise ValueError
+                    numbers.fromlist(polygon)  # refuses what is no number
+                    lengths.append(length)
+                    owners.append(position)
+            except (TypeError, ValueError, OverflowError):
+                suspects.add(position)
+        else:
+            kinds[position] = RLE
+            if _rle_form_problem(masks, [heights[position], widths[position]]):
+                suspects.add(position)
+            elif isinstance(masks["counts"], str):
+                encoded.append(masks["counts"])
+                encoded_owners.append(position)
+    if encoded:
+        owners_of_encoded = np.array(encoded_owners)
+        pixels = heights[owners_of_encoded] * widths[owners_of_encoded]
+        wrong = decoded_lengths(encoded) != pixels
+        suspects.update(owners_of_encoded[wrong].tolist())
+    if lengths:
+        suspects.update(_far_polygons(numbers, lengths, np.array(owners), heights, widths))
+
+
+def _far_polygons(numbers, lengths, owners, heights, widths):
+    """Return the owners of the polygons with points far outside of their image, or with NaN."""
+    points = np.frombuffer(numbers).reshape(-1, 2)
+    starts = np.cumsum([0, *lengths[:-1]]) // 2
+    bad = np.zeros(len(owners), bool)
+    for column, size in ((0, widths[owners]), (1, heights[owners])):
+        values = np.ascontiguousarray(points[:, column])
+        low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+        bad |= ~((low >= -OUTSIDE * size) & (high <= (1 + OUTSIDE) * size))  # true of NaN
+    return owners[bad].tolist()
+
+
+def mask_problem(masks: Any, size: list[int]) -> str | None:
+    """Return what is wrong with a segmentation, or None.
+
+    Args:
+        masks: polygons or an RLE, not empty.
+        size: height and width of the image.
+    """
+    if isinstance(masks, dict):
+        return rle_problem(masks, size)
+    if not isinstance(masks, list):
+        return f"a segmentation {masks!r:.40}, which is neither polygons nor an RLE"
+    for polygon in masks:
+        if not isinstance(polygon, list) or len(polygon) < MIN_POLYGON or len(polygon) % 2:
+            return "a polygon that is not three points or more"
+        if not are_numbers(polygon):
+            return "a polygon with coordinates that are no finite numbers"
+        # pycocotools reserves memory for the way from point to point.
+        for values, length in ((polygon[1::2], size[0]), (polygon[0::2], size[1])):
+            if min(values) < -OUTSIDE * length or max(values) > (1 + OUTSIDE) * length:
+                return "a polygon far outside of the image"
+    return None
+
+
+def usable_polygons(masks: Any) -> list | None:
+    """Return the polygons of three points or more, as Detectron2 keeps them; None for an RLE."""
+    if not isinstance(masks, list) or not all(isinstance(part, list) for part in masks):
+        return None
+    return [part for part in masks if len(part) >= MIN_POLYGON and len(part) % 2 == 0]
+
+
+def are_numbers(values: list, limit: float = LARGEST) -> bool:
+    """Return whether all values are numbers between -limit and limit, which NaN is not."""
+    return all(type(v) in (int, float) and -limit <= v <= limit for v in values)
+
+
+def rle_problem(masks: Any, size: list[int]) -> str | None:
+    """Return what is wrong with a run-length encoding, or None."""
+    problem = _rle_form_problem(masks, size)
+    if problem is not None or isinstance(masks["counts"], list):
+        return problem
+    wrong = decoded_lengths([masks["counts"]])[0] != math.prod(size)
+    return WRONG_COUNTS if wrong else None
+
+
+def _rle_form_problem(masks, size):
+    """As `rle_problem`, but compressed counts are not decoded."""
+    if not isinstance(masks, dict):
+        return f"a segmentation {masks!r:.40}, which is neither polygons nor an RLE"
+    counts, found = masks.get("counts"), masks.get("size")
+    if not isinstance(found, list) or found != list(size):
+        return f"an RLE of size {found!r:.80}, not the image's {[int(n) for n in size]}"
+    if isinstance(counts, list):
+        if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != math.prod(size):
+            return WRONG_COUNTS
+    elif not isinstance(counts, str):
+        return WRONG_COUNTS
+    return None
+
+
+def decoded_lengths(encoded: list[str]) -> np.ndarray:
+    """Return how many pixels each of COCO's compressed counts covers, -1 where they are damaged.
+
+    They are decoded here, because pycocotools writes out of bounds if counts are too long. A run
+    is stored in digits of 5 bits, the lowest first; from the fourth run on it is the difference to
+    the run before the last.
+
+    Returns:
+        (N,) int64.
+    """
+    text = "".join(encoded).encode("ascii", "replace")  # "?" is no digit
+    sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    owner = np.repeat(np.arange(len(encoded)), sizes)  # of each digit
+    bad = np.zeros(len(encoded), bool)
+    last = np.cumsum(sizes) - 1
+    more = digits & 32 != 0
+    bad[owner[(digits < 0) | (digits >= 64)]] = True
+    bad[sizes > 0] |= more[last[sizes > 0]]
+    more[last[sizes > 0]] = False  # a damaged one does not reach into the next
+    ends = np.flatnonzero(~more)
+    starts = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
+    lengths = ends - starts + 1
+    bad[owner[starts[lengths > MAX_DIGITS]]] = True
+    shifts = np.minimum(5 * (np.arange(len(digits)) - np.repeat(starts, lengths)), 60)
+    values = np.add.reduceat((digits & 31) << shifts, starts) if len(starts) else digits
+    values = values - np.where(digits[ends] & 16, 1 << np.minimum(5 * lengths, 60), 0)
+
+    # The runs of a mask form two chains of differences: the odd ones and, after the first, the even.
+    owner = owner[starts]
+    odd = (np.arange(len(owner)) - _first_of_group(owner)) % 2 == 1
+    first = np.diff(owner, prepend=-1) != 0
+    pixels = np.bincount(owner[first], weights=values[first], minlength=len(encoded))
+    for chain in (odd, ~odd & ~first):
+        owners, totals = owner[chain], np.cumsum(values[chain])
+        group = _first_of_group(owners)
+        runs = totals - (totals - values[chain])[group]
+        bad[owners[runs < 0]] = True
+        pixels += np.bincount(owners, weights=runs, minlength=len(encoded))
+    bad[owner[first & (values < 0)]] = True
+    return np.where(bad, -1, pixels.astype(np.int64))
+
+
+def _first_of_group(owners):
+    """Return for each entry the position of the first one with the same owner; (N,) sorted."""
+    changed = np.flatnonzero(np.diff(owners, prepend=-1))
+    return np.repeat(changed, np.diff(changed, append=len(owners)))

@@ -1,0 +1,144 @@
+"""Checks the datasets of a config in the first process of each machine, for all of its processes."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from .coco_files import (
+    CheckedDataset,
+    CheckedFile,
+    read_copy_instead,
+    registered_function,
+    write_corrected,
+)
+from .comparison import compare
+from .dataset_reader import DatasetReader
+from .errors import DataError
+from .requirements import DataRequirements, unique
+
+SECONDS_TO_SPEAK = 5.0  # for the process that prints an error, before the others end
+
+_checked: dict[DataRequirements, list] = {}  # the state of the datasets when they were checked
+_folders: list[TemporaryDirectory] = []  # of copies; removed when this process ends
+
+
+@dataclass
+class _Outcome:
+    """What the first process of a machine tells the others.
+
+    Attributes:
+        error: why the data can't be used, or None.
+        files: the COCO file of each training set.
+        copies: JSON files and the corrected copies that take their places.
+    """
+
+    error: DataError | None = None
+    files: dict[str, CheckedFile] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+
+
+def check_requirements(wanted: DataRequirements) -> None:
+    """Check the datasets of a config; all processes must call this together.
+
+    Doubtful data is logged as a warning. Training sets are kept as they were parsed until Detectron2
+    reads them. A check with the same requirements is not repeated while the datasets stay the same.
+
+    Raises:
+        DataError: if the data can't be used or contradicts the config. Its `said_elsewhere` is True
+            if another process reports it.
+    """
+    local_rank = comm.get_local_rank()
+    outcome = None
+    if local_rank == 0:
+        try:
+            outcome = _check_here(wanted, share=comm.get_local_size() > 1)
+        except DataError as error:
+            outcome = _Outcome(error)
+    outcomes = comm.all_gather(outcome)
+    own = outcomes[comm.get_rank() - local_rank]
+    error = own.error or next((o.error for o in outcomes if o and o.error), None)
+    if error is not None:
+        error.said_elsewhere = local_rank > 0 or own.error is None
+        if error.said_elsewhere:
+            time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all processes when the first one ends
+        raise error
+    if local_rank > 0:
+        for name, file in own.files.items():
+            CheckedDataset(registered_function(name), file).replace(name)
+        for path, copy in own.copies.items():
+            read_copy_instead(path, copy)
+
+
+def _check_here(wanted, share):
+    """Check in this process, and return what the others need."""
+    _check_names(wanted)
+    state = _state(wanted)
+    if _checked.get(wanted) == state:
+        return _Outcome()
+    reader = DatasetReader(wanted)
+    reader.read()
+    notes = [*reader.notes, *compare(wanted, reader.summaries)]
+    outcome = _Outcome()
+    for name, dataset in reader.train.items():
+        if dataset.file is not None:
+            if share:
+                dataset.file.share(_new_folder())
+            outcome.files[name] = dataset.file.for_other_process()
+        dataset.replace(name)
+    for name, dataset in reader.test.items():
+        file = dataset.file
+        if file is not None and file.edits:
+            # In a file, because evaluators read it themselves.
+            outcome.copies[file.path] = write_corrected(file.path, file.content, _new_folder())
+            read_copy_instead(file.path, outcome.copies[file.path])
+        elif wanted.train.value is None:  # it is evaluated at once
+            dataset.replace(name)
+    for note in notes:
+        logging.getLogger(__name__).warning(note)
+    _checked[wanted] = _state(wanted)
+    return outcome
+
+
+def _check_names(wanted):
+    """The datasets and the files of proposals are there."""
+    for setting in (wanted.test, wanted.train):
+        for name in setting.value or ():
+            if name not in DatasetCatalog:
+                raise DataError(
+                    f"{setting.key} names {name!r}, which is not registered: use one of "
+                    f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
+                )
+    for setting, sets in wanted.proposals:
+        if len(setting.value) != len(sets.value):
+            raise DataError(
+                f"{setting}, {len(setting.value)} files for the {len(sets.value)} datasets of "
+                f"{sets.key}: name one file for each, or set MODEL.LOAD_PROPOSALS False"
+            )
+        for file in setting.value:
+            if not PathManager.isfile(file):
+                raise DataError(f"{setting}, but {file!r} does not exist: correct the path")
+
+
+def _state(wanted):
+    """Return what changes if a dataset is registered again or its file is changed."""
+    state = []
+    for name in unique([*(wanted.train.value or ()), *wanted.test.value]):
+        json_file = MetadataCatalog.get(name).get("json_file")
+        try:
+            status = os.stat(json_file) if json_file else None
+        except OSError:
+            status = None
+        written = status and (status.st_mtime_ns, status.st_size)
+        state.append((name, DatasetCatalog[name], written))
+    return state
+
+
+def _new_folder():
+    _folders.append(TemporaryDirectory(prefix="mabn_d2-"))
+    return _folders[-1].name

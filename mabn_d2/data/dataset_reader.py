@@ -1,0 +1,158 @@
+"""Reads the datasets of a config and checks each by itself."""
+
+import os
+from collections.abc import Callable, Iterable
+
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from .coco_check import Edit, apply_edits, inspect, problems_by_kind, refuse
+from .coco_files import CheckedDataset, CheckedFile, registered_function
+from .coco_parsing import read_json
+from .dataset_summary import DatasetSummary, summarize_records
+from .errors import BadAnnotationError, DataError
+from .requirements import DataRequirements, listed, unique
+
+COCO_TYPES = ("coco", "coco_panoptic_seg")  # evaluator types with a COCO instances file
+BUILTIN = ("coco_", "keypoints_coco_", "lvis_", "voc_", "cityscapes_", "ade20k_")
+
+
+class DatasetReader:
+    """Reads the datasets of a config.
+
+    Attributes:
+        train, test: the datasets by name, to take the places of the registered ones.
+        summaries: what they hold, by name; without datasets whose records are not a list.
+        notes: warnings.
+    """
+
+    def __init__(self, wanted: DataRequirements):
+        self.wanted = wanted
+        self.train: dict[str, CheckedDataset] = {}
+        self.test: dict[str, CheckedDataset] = {}
+        self.summaries: dict[str, DatasetSummary] = {}
+        self.notes: list[str] = []
+        self._parsed = {}  # content of files that are used for training and for evaluation
+
+    def read(self) -> None:
+        """Read all datasets.
+
+        Raises:
+            DataError: if one can't be used.
+        """
+        for name in unique(self.wanted.test.value):
+            self.test[name] = self._read(name, self.wanted.test.key, evaluation=True)
+        for name in unique(self.wanted.train.value or ()):
+            self.train[name] = self._read(name, self.wanted.train.key, evaluation=False)
+
+    def _read(self, name, key, evaluation):
+        metadata = MetadataCatalog.get(name)
+        function = registered_function(name)
+        json_file, root = metadata.get("json_file"), metadata.get("image_root")
+        is_coco = json_file and root and metadata.get("evaluator_type", "coco") in COCO_TYPES
+        if is_coco and ("://" in json_file or os.path.isfile(json_file)):
+            return self._read_coco(name, key, function, json_file, os.fspath(root), evaluation)
+        records = _call(name, key, function)
+        if is_coco and os.path.isfile(json_file):  # the function has made it
+            return self._read_coco(name, key, function, json_file, os.fspath(root), evaluation)
+        if isinstance(records, list):  # a torch Dataset is not read before the training
+            self._look_at_records(name, key, records, metadata, evaluation)
+        return CheckedDataset(function, records=records)
+
+    def _read_coco(self, name, key, function, json_file, root, evaluation):
+        wanted = self.wanted
+        _check_files(name, key, root, evaluation)
+        content = self._parsed.pop(json_file, None) or read_json(json_file)
+        masks = wanted.masks.value or (wanted.reads_masks and not evaluation)
+        found = inspect(content, json_file, root, masks=masks, evaluation=evaluation)
+        edits, notes = list(found.edits), list(found.notes)
+        if evaluation:
+            refuse(found.problems, json_file, "as an evaluation leaves nothing out")
+        elif wanted.skip:
+            edits += [Edit(problem.key, problem.position, None) for problem in found.problems]
+            notes += problems_by_kind(found.problems)
+        else:
+            refuse(found.problems, json_file, 'or set DATALOADER.BAD_INPUT to "skip"')
+        self.notes += [f"{name} ({json_file}): {note}" for note in notes]
+        _check_names(name, key, found.summary)
+        if evaluation and not edits and json_file in _json_files(wanted.train.value or ()):
+            self._parsed[json_file] = content
+        apply_edits(content, edits)
+        if not content["images"]:
+            why = f": the first is left out because {found.problems[0]}" if found.problems else ""
+            raise BadAnnotationError(f"{json_file} ({key} {name!r}) has no image{why}: add images")
+        found.summary.images = len(content["images"])
+        self.summaries[name] = found.summary
+        return CheckedDataset(function, CheckedFile(json_file, edits, content))
+
+    def _look_at_records(self, name, key, records, metadata, evaluation):
+        if not records:
+            raise DataError(f"{key} names {name!r}, which has no images: add some")
+        classes = metadata.get("thing_classes")
+        summary = summarize_records(records, name, None if classes is None else list(classes))
+        self.summaries[name] = summary
+        if classes is not None:
+            bad = [i for i in summary.class_ids if i not in range(len(classes))]
+            if bad:
+                raise DataError(
+                    f"{key} names {name!r}, which has objects with category_id {bad[0]!r}, but "
+                    f"{len(classes)} thing_classes ({listed(classes)}): category_id must be in "
+                    f"0..{len(classes) - 1}"
+                )
+        if self.wanted.skip and not evaluation:
+            return  # the loader leaves missing images out and counts them
+        files = [record["file_name"] for record in records if "file_name" in record]
+        missing = [file for file in files if not PathManager.isfile(file)]
+        if missing:
+            raise DataError(
+                f"{key} names {name!r}, of whose {len(records)} images {len(missing)} do not exist "
+                f"({listed(missing, 2)}): correct the paths"
+            )
+
+
+def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]:
+    try:
+        return function()
+    except DataError:
+        raise
+    except Exception as error:  # the function may be the user's, and raise anything
+        reason = " ".join(str(error).split()) or "no message"
+        raise DataError(
+            f"{key} names {name!r}, which can't be loaded ({type(error).__name__}: {reason}): "
+            f"{_remedy(name)}"
+        ) from error
+
+
+def _check_files(name, key, root, evaluation):
+    """The image folder is there, and what panoptic datasets have beside the instances file."""
+    metadata = MetadataCatalog.get(name)
+    needed = [root, metadata.get("sem_seg_root")]
+    if evaluation:
+        needed += [metadata.get("panoptic_json"), metadata.get("panoptic_root")]
+    for path in needed:
+        if path and "://" not in str(path) and not os.path.exists(path):
+            raise DataError(
+                f"{key} names {name!r}, which needs {path}, which does not exist: {_remedy(name)}"
+            )
+
+
+def _check_names(name, key, summary):
+    """Detectron2 sets thing_classes from the file, and fails if they are set otherwise."""
+    given = MetadataCatalog.get(name).get("thing_classes")
+    if given is not None and list(given) != summary.classes:
+        raise DataError(
+            f"{key} names {name!r}, whose thing_classes are ({listed(given)}), but {summary.source} "
+            f"has the categories ({listed(summary.classes)}): register it without thing_classes, or "
+            "with those of the file"
+        )
+
+
+def _json_files(names: Iterable[str]) -> set[str]:
+    return {MetadataCatalog.get(name).get("json_file") for name in names}
+
+
+def _remedy(name):
+    if name.startswith(BUILTIN):
+        root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+        return f"download it to {root!r}, or set DETECTRON2_DATASETS to the folder that has it"
+    return "correct the path or the function that was registered"

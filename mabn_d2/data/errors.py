@@ -1,0 +1,9 @@
+"""Errors of data that a user can correct."""
+
+
+class DataError(ValueError):
+    """Data that can't be used, or that contradicts the config: one line with the remedy."""
+
+
+class BadAnnotationError(DataError):
+    """A COCO file that can't be used: one line with the file, the ids and the remedy."""

@@ -1,0 +1,34 @@
+"""The check of the datasets of a config."""
+
+from detectron2.config import CfgNode
+
+from ..data.data_check import check_requirements
+from ..data.requirements import DataRequirements
+from ..data.samplers import check_sampler
+from .errors import ConfigError
+from .evaluators import check_evaluators
+
+
+def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> None:
+    """Compare the datasets of a config with the config, and with each other, and log what is doubtful.
+
+    `Trainer` does it; call it before, to do it before OUTPUT_DIR is written to. A second call for the
+    same data does nothing. In a run of several processes all have to call it.
+
+    Args:
+        train: False if the config is used for an evaluation only, which ignores DATASETS.TRAIN.
+        evaluators: whether DATASETS.TEST is evaluated by `Trainer.build_evaluator` as it stands.
+
+    Raises:
+        ConfigError: if there is no dataset, or if one of DATASETS.TEST has no
+            evaluator.
+        DataError: if the sampler is wrong, or if the data can't be used or contradicts the config.
+    """
+    key, purpose = ("TRAIN", "train") if train else ("TEST", "evaluate")
+    if not cfg.DATASETS[key]:
+        raise ConfigError(f"DATASETS.{key} is (): name a dataset to {purpose} on")
+    if evaluators:
+        check_evaluators(cfg)
+    if train:
+        check_sampler(cfg)
+    check_requirements(DataRequirements.from_cfg(cfg, train))
