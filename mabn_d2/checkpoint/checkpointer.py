@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,9 +39,10 @@ class SafeCheckpointer(DetectionCheckpointer):
       next save removes what a killed process has left half-written.
 
     After `load`, `record` is what this package's converters wrote into the file (`record.py`), or
-    None, and `converted` lists the norms that were converted while loading. `description` is what
-    `save` adds to the file (`description.py`). Folders that are not local are written by their own
-    handlers of Detectron2's PathManager.
+    None, `converted` lists the norms that were converted while loading, and `loaded` is the rest of
+    the file. `save` adds `description` (`description.py`) and `extra` to the file. `before_resume`, if
+    set, is called with the file of a run that is resumed before anything of it is loaded. Folders
+    that are not local are written by their own handlers of Detectron2's PathManager.
 
     Args:
         model: the model to load into and to save.
@@ -67,6 +68,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.complete, self.convert_batch_norm = complete, convert_batch_norm
         self.record, self.converted = None, []
+        self.loaded: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
+        self.before_resume: Callable[[dict[str, Any]], None] | None = None
         self._source, self._resumes = "", False
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         except (AssertionError, OSError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"can't read {path}: {text}; correct the path") from error
+        self.loaded = checkpoint
         record = checkpoint.get(KEY)
         self.record = record if isinstance(record, dict) else None
         return checkpoint
@@ -125,6 +130,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         return data
 
     def _load_model(self, checkpoint):
+        if self._resumes and self.before_resume is not None:
+            self.before_resume(checkpoint)
         state = tensors(checkpoint["model"])
         norms = [name for name, norm in self.model.named_modules() if is_mabn(norm)]
         if checkpoint.pop("matching_heuristics", False):
@@ -181,7 +188,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: if the file can't be written.
         """
-        kwargs = {**self.description, **kwargs}
+        kwargs = {**self.description, **self.extra, **kwargs}
         if "://" in self.save_dir or not self.save_dir or not self.save_to_disk:
             return super().save(name, **kwargs)
         data = {"model": self.model.state_dict()}

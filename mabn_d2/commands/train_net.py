@@ -9,6 +9,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
+from ..engine.log import share_log
 from ..engine.own_data import log_folder
 
 
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> dict:
         logged.defrost()
         logged.OUTPUT_DIR += "/evaluation"  # config.yaml and log.txt of the training stay
         default_setup(logged, args)
+        share_log()
         log_folder(cfg)
         model = Trainer.build_model(cfg)
         checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)

@@ -18,10 +18,8 @@ from .errors import ConfigError
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
+from .resume import check_same_run
 from .schedule import finalize_schedule
-
-# Keys of MODEL that a resumed run may have otherwise.
-MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
 
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
@@ -79,7 +77,9 @@ def setup_config(args, alone=False):
     cfg.freeze()
     train = not args.eval_only
     check_config(cfg, count_processes(args), resume=args.resume, train=train)
-    if comm.get_world_size() == 1:  # one of several: `launch` has checked the model before it
+    if (
+        alone or comm.get_world_size() == 1
+    ):  # one of several: `launch` has checked the model before it
         check_model(cfg, resume=args.resume, train=train)
     return cfg
 
@@ -213,21 +213,8 @@ def _check_output(cfg, resume):
         )
     if not PathManager.isfile(f"{folder}/config.yaml"):
         return
-    try:
-        with PathManager.open(f"{folder}/config.yaml") as file:
-            other = yaml.safe_load(file)["MODEL"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{folder}/config.yaml is not one of this program ({error}): name another OUTPUT_DIR"
-        ) from error
-    # What must be the same for a checkpoint to fit; schedules may be changed. Both from YAML, which
-    # has no tuples.
-    model = yaml.safe_load(cfg.MODEL.dump())
-    keys = [k for k in _differences(model, other, "MODEL.") if not k.startswith(MAY_CHANGE)]
-    if keys:
-        raise ConfigError(
-            f"OUTPUT_DIR {folder!r} holds a run with other {', '.join(keys[:5])}: name another folder"
-        )
+    with PathManager.open(f"{folder}/config.yaml") as file:
+        check_same_run(cfg, file.read(), f"{folder}/config.yaml")
 
 
 def _differences(node, other, prefix=""):

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.batches import micro_batches
 from ..data.seeding import mix
 from ..layers import MABN2d
+from .resume import parameter_names, with_current_settings
 
 # Training stops after this many rejected iterations in a row: the cause is then not one bad batch.
 MAX_REJECTED = 20
@@ -171,10 +172,17 @@ class GuardedTrainer(SimpleTrainer):
             "grad_scaler": self.grad_scaler.state_dict(),
             "rejected": self.rejected,
             "accumulation_steps": self.accumulation_steps,
+            "parameter_names": parameter_names(self.model, self.optimizer),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        optimizer = with_current_settings(
+            self.optimizer,
+            state_dict["optimizer"],
+            state_dict.get("parameter_names"),
+            parameter_names(self.model, self.optimizer),
+        )
+        super().load_state_dict({**state_dict, "optimizer": optimizer})
         # Absent in a checkpoint of another trainer, empty in that of a run without a scaler.
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -10,7 +10,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
-from ..checkpoint.description import describe
+from ..checkpoint.description import CONFIG, describe
 from ..data.batches import MicroBatches
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm_table import norm_settings
@@ -20,14 +20,18 @@ from .data_check import check_data
 from .evaluators import build_evaluator
 from .guarded_trainer import GuardedDDP, GuardedTrainer
 from .hooks import (
+    KeepRankStates,
     LogStatistics,
     RecalibrateMABN,
     StopOnSignal,
     SyncStatistics,
 )
+from .hooks.rank_states import restore_rank_states
 from .hooks.recalibrate import recalibrate_converted
+from .log import share_log
 from .model_check import build_errors
 from .own_data import with_folder
+from .resume import check_same_run, follow_schedule, log_changes, warn_if_finished
 from .schedule import finalize_schedule, log_schedule
 
 
@@ -48,7 +52,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own lets no process train on CPU but one
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        _log_like_detectron2()
+        share_log()
         cfg = with_folder(cfg)
         own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
         check_data(cfg, evaluators=not own)
@@ -85,11 +89,33 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume=True):
+        self.checkpointer.before_resume = self._check_same_run
         super().resume_or_load(resume)
+        if self.start_iter > 0:
+            log_changes(self._changes, self.start_iter)
+            warn_if_finished(self.start_iter, self.max_iter)
+            restore_rank_states(self._bare_model(), self.checkpointer.loaded)
+            self.checkpointer.loaded = {}
         warn_of_differences(self.checkpointer.record, self.cfg)
         if self.checkpointer.converted:
             recalibrate_converted(self.model, self._micro_batches())
         self.data_loader.batch_sampler.start = self.start_iter
+
+    def _check_same_run(self, checkpoint):
+        """Compare the config in a checkpoint, before anything of it is loaded, with this one."""
+        text = checkpoint.get(CONFIG)
+        self._changes = (
+            check_same_run(self.cfg, text, "the config in the checkpoint")
+            if isinstance(text, str)
+            else []
+        )
+
+    def _bare_model(self):
+        return getattr(self.model, "module", self.model)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        follow_schedule(self.scheduler, self.optimizer)
 
     def build_hooks(self):
         ours = []
@@ -99,11 +125,10 @@ class Trainer(DefaultTrainer):
         ours += self._precise_statistics()
         node = self.cfg.MODEL.MABN
         if node.LOG_PERIOD > 0:
-            model = getattr(self.model, "module", self.model)
             settings = norm_settings(self.cfg)
             ours.append(
                 LogStatistics(
-                    model,
+                    self._bare_model(),
                     node.LOG_PERIOD,
                     node.LOG_LAYERS,
                     window=settings["simulated_batch_size"] // settings["batch_size"],
@@ -111,19 +136,21 @@ class Trainer(DefaultTrainer):
                     grad_scaler=self._trainer.grad_scaler,
                 )
             )
-        ours += [hooks.IterationTimer(), hooks.LRScheduler()]
+        period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+        rank_states = KeepRankStates(self._bare_model(), self.checkpointer, period)
+        ours += [hooks.IterationTimer(), hooks.LRScheduler(), rank_states]
         if comm.is_main_process():
             ours.append(
                 hooks.PeriodicCheckpointer(
                     self.checkpointer,
-                    self.cfg.SOLVER.CHECKPOINT_PERIOD,
+                    period,
                     max_to_keep=self.cfg.SOLVER.CHECKPOINTS_TO_KEEP or None,
                 )
             )
         ours.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():  # after the evaluation, so that its metrics are written
             ours.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        return [*ours, StopOnSignal(self.checkpointer)]
+        return [*ours, StopOnSignal(self.checkpointer, rank_states)]
 
     def _precise_statistics(self):
         """Return the hooks of TEST.PRECISE_BN, on batches of the size that a forward has in training."""
@@ -168,12 +195,3 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name):
         """Return the evaluators of the dataset's `evaluator_type`, as `evaluators.EVALUATORS` says."""
         return build_evaluator(cfg, dataset_name)
-
-
-def _log_like_detectron2():
-    """Send what this package logs, warnings among it, to the terminal and the log.txt of Detectron2."""
-    logger = logging.getLogger("mabn_d2")
-    logger.setLevel(logging.INFO)
-    for handler in logging.getLogger("detectron2").handlers:
-        if handler not in logger.handlers:
-            logger.addHandler(handler)

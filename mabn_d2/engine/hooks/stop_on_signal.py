@@ -16,13 +16,17 @@ class StopOnSignal(HookBase):
     A signal to any rank stops all of them after the same iteration. A second signal ends the
     process at once, as it would without this hook, unless it comes within a second: then it is
     the same one, by way of the process group or of the parent.
+
+    Args:
+        checkpointer: writes the checkpoint.
+        rank_states: a `KeepRankStates`, whose statistics of all ranks the checkpoint gets.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
     SAME = 1.0  # seconds
 
-    def __init__(self, checkpointer):
-        self.checkpointer = checkpointer
+    def __init__(self, checkpointer, rank_states=None):
+        self.checkpointer, self.rank_states = checkpointer, rank_states
         self.received = 0
         self._before = {}
 
@@ -50,6 +54,8 @@ class StopOnSignal(HookBase):
         iteration = self.trainer.iter
         if not received or iteration + 1 >= self.trainer.max_iter:
             return
+        if self.rank_states is not None:
+            self.rank_states.gather()
         if comm.is_main_process():
             self.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
         comm.synchronize()

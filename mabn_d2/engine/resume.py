@@ -1,0 +1,180 @@
+"""What a resumed run takes from its checkpoint, and what from its config.
+
+Weights, statistics, momenta and the iteration come from the checkpoint. Every setting comes from the
+config: torch's optimizers would bring the rates and decays of the checkpoint back in silence.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
+from torch import nn
+
+from ..checkpoint import CheckpointError
+from .errors import ConfigError, one_line
+
+# What must be the same for a checkpoint to fit; schedules of norms may change.
+MODEL_MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
+# Keys that may not change besides, and why.
+MUST_STAY = {
+    "SOLVER.OPTIMIZER": "the checkpoint has no state of the other optimizer",
+    "DATASETS.TRAIN": "the iteration and the schedule are those of the other images",
+}
+# Keys that say where and how, but not what is computed.
+_NOT_LOGGED = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION")
+
+_logger = logging.getLogger(__name__)
+
+
+def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:
+    """Compare the config of a run that is resumed with the config that it began with.
+
+    Args:
+        cfg: what it is resumed with.
+        text: the other config as YAML.
+        source: where that comes from, for messages.
+    Returns:
+        A line for each setting that differs, and takes effect.
+    Raises:
+        ConfigError: for a setting that can't change in the middle of a run.
+    """
+    try:
+        old = yaml.safe_load(text)
+        old["MODEL"], old["SOLVER"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{source} is no config of this program ({one_line(error, 200)}): name another OUTPUT_DIR"
+        ) from error
+    new = yaml.safe_load(cfg.dump())  # from YAML too, which has no tuples
+    changes = {key: (was, now) for key, was, now in differences(old, new)}
+    model = [
+        key for key in changes if key.startswith("MODEL.") and not key.startswith(MODEL_MAY_CHANGE)
+    ]
+    if model:
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} holds a run with other {', '.join(model[:5])}: name "
+            "another folder"
+        )
+    for key, reason in MUST_STAY.items():
+        if key in changes:
+            was, now = changes[key]
+            raise ConfigError(
+                f"{key} is {now}, but the run in OUTPUT_DIR {cfg.OUTPUT_DIR!r} has {was}: {reason}; "
+                "start a run of its own in another folder, with MODEL.WEIGHTS the last checkpoint"
+            )
+    return [
+        f"{key} {was} -> {now}"
+        for key, (was, now) in changes.items()
+        if not key.startswith(_NOT_LOGGED)
+    ]
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, old value, new value) of the keys that two nested configs have with other values.
+
+    A key that only one of them has is left out: versions of Detectron2 differ in their keys.
+    """
+    for name in sorted(old.keys() & new.keys()):
+        was, now = old[name], new[name]
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from differences(was, now, f"{prefix}{name}.")
+        elif was != now:
+            yield f"{prefix}{name}", was, now
+
+
+def log_changes(lines: list[str], iteration: int) -> None:
+    """Log which settings a run goes on with that differ from those so far."""
+    if lines:
+        _logger.warning(
+            f"settings that differ from those of the run so far, from iteration {iteration} on: "
+            + "; ".join(lines)
+        )
+
+
+def warn_if_finished(start_iter: int, max_iter: int, key: str = "SOLVER.MAX_ITER") -> None:
+    """Warn if there is nothing left to train."""
+    if start_iter >= max_iter:
+        _logger.warning(
+            f"the checkpoint has {start_iter} iterations and {key} is {max_iter}: nothing is left to "
+            f"train; raise {key} to go on"
+        )
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Return the names of the parameters of each group of an optimizer."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    return [
+        [names[id(param)].removeprefix("module.") for param in group["params"]]
+        for group in optimizer.param_groups
+    ]
+
+
+def with_current_settings(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    old_names: list[list[str]] | None,
+    names: list[list[str]],
+) -> dict[str, Any]:
+    """Return an optimizer's state dict with its momenta and the settings that `optimizer` has.
+
+    Args:
+        optimizer: as built from the config.
+        state: state dict of the optimizer that ran so far. Its groups may be others: other decays
+            put parameters together otherwise.
+        old_names, names: names of the parameters in each group, in `state` and in `optimizer`.
+            Without old ones, as in older checkpoints, the groups must be the same.
+    Raises:
+        CheckpointError: if it is of another kind of optimizer or of other parameters.
+    """
+    current = optimizer.state_dict()
+    kinds = [
+        "ADAMW" if any("betas" in group for group in groups) else "SGD"
+        for groups in (state["param_groups"], current["param_groups"])
+    ]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"the checkpoint was written with SOLVER.OPTIMIZER {kinds[0]}, not {kinds[1]}: resume with "
+            "the same, or start a run of its own with MODEL.WEIGHTS"
+        )
+    if old_names is None:
+        sizes = [[len(g["params"]) for g in groups["param_groups"]] for groups in (state, current)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                "the optimizer's groups differ from those in the checkpoint, which does not name "
+                "their parameters: resume with the rates and decays of before"
+            )
+        old_names = names
+    # In a state dict, parameters are numbered through the groups.
+    old_index = {
+        name: index
+        for group, group_names in zip(state["param_groups"], old_names, strict=True)
+        for index, name in zip(group["params"], group_names, strict=True)
+    }
+    momenta = {}
+    for group, group_names in zip(current["param_groups"], names, strict=True):
+        for index, name in zip(group["params"], group_names, strict=True):
+            if name not in old_index:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer has no {name}: resume with the config of the run"
+                )
+            if old_index[name] in state["state"]:
+                momenta[index] = state["state"][old_index[name]]
+    groups = [
+        {"initial_lr": group["lr"], **group} for group in current["param_groups"]
+    ]  # a scheduler starts from initial_lr
+    return {**state, "state": momenta, "param_groups": groups}
+
+
+def follow_schedule(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Set the rates to what the config's schedule has at the scheduler's iteration.
+
+    The scheduler's own state brings the base rates of the checkpoint back.
+    """
+    if isinstance(scheduler, LRMultiplier):
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate

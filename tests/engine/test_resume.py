@@ -1,0 +1,151 @@
+"""A resumed run: settings come from its config, everything else from its checkpoint."""
+
+import shutil
+
+import pytest
+import torch
+
+from commands import CONFIG, SMALL, run
+from mabn_d2 import CheckpointError
+from mabn_d2.engine import ConfigError, Trainer, check_config
+
+
+@pytest.fixture
+def begun(digits_cfg, tmp_path):
+    """The config of a run of 2 iterations, with its checkpoint."""
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER = 2
+    digits_cfg.SOLVER.WARMUP_ITERS, digits_cfg.SOLVER.OPTIMIZER = 0, "SGD"
+    digits_cfg.MODEL.FPN.OUT_CHANNELS = digits_cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 8
+    Trainer(digits_cfg).train()
+    digits_cfg.SOLVER.MAX_ITER = 4
+    return digits_cfg
+
+
+def resumed(cfg):
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    return trainer
+
+
+def momenta(trainer):
+    names = {param: name for name, param in trainer.model.named_parameters()}
+    return {names[p]: s["momentum_buffer"] for p, s in trainer.optimizer.state.items()}
+
+
+def test_rates_and_decays_take_effect(begun, caplog):
+    before = momenta(resumed(begun))
+    assert len(before) > 50
+    begun.SOLVER.BASE_LR, begun.SOLVER.MOMENTUM = 0.5, 0.7
+    # Groups are made of equal settings, so this changes which parameters are in which.
+    begun.SOLVER.WEIGHT_DECAY, begun.SOLVER.WEIGHT_DECAY_NORM = 0.25, 0.125
+    begun.SOLVER.BIAS_LR_FACTOR = 3.0
+    trainer = resumed(begun)
+    assert "SOLVER.BASE_LR" in caplog.text and "-> 0.5" in caplog.text
+    named = dict(trainer.model.named_parameters())
+    groups = {id(p): g for g in trainer.optimizer.param_groups for p in g["params"]}
+    settings = {
+        name: (groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for name, p in named.items()
+    }
+    # The cosine schedule is half through.
+    assert settings["backbone.bottom_up.stem.conv1.weight"] == (0.25, 0.25)
+    assert settings["backbone.bottom_up.stem.conv1.norm.weight"] == (0.25, 0.125)
+    assert settings["roi_heads.box_predictor.cls_score.bias"][0] == 0.75
+    assert {g["momentum"] for g in trainer.optimizer.param_groups} == {0.7}
+    after = momenta(trainer)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert trainer.scheduler.base_lrs == [g["initial_lr"] for g in trainer.optimizer.param_groups]
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.scheduler.get_lr()[0]
+
+
+def test_nothing_changes_if_the_config_does_not(begun, caplog):
+    trainer = resumed(begun)
+    assert "settings that differ from those of the run so far, from iteration 2" in caplog.text
+    assert "SOLVER.MAX_ITER 2 -> 4" in caplog.text and "BASE_LR" not in caplog.text
+    assert trainer.start_iter == 2
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.OPTIMIZER is ADAMW, but the run .* has SGD"),
+        ("DATASETS.TRAIN", ("small_scenes_val",), r"DATASETS.TRAIN is \['small_scenes_val'\], but"),
+        ("MODEL.FPN.OUT_CHANNELS", 16, "a run with other MODEL.FPN.OUT_CHANNELS"),
+    ],
+)
+def test_what_can_not_change(begun, tmp_path, key, value, message):
+    folder = tmp_path / "output"
+    (folder / "config.yaml").write_text(begun.dump())
+    begun.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=message):  # of the command
+        check_config(begun, resume=True)
+    with pytest.raises(ConfigError, match=message):  # a script of one's own
+        resumed(begun)
+
+
+def test_another_optimizer_without_a_config_in_the_checkpoint(begun, tmp_path):
+    path = tmp_path / "output/model_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["config"]
+    torch.save(checkpoint, path)
+    begun.SOLVER.OPTIMIZER = "ADAMW"
+    with pytest.raises(CheckpointError, match="written with SOLVER.OPTIMIZER SGD, not ADAMW"):
+        resumed(begun)
+
+
+def test_past_the_end(begun, caplog):
+    begun.SOLVER.MAX_ITER = 2
+    trainer = resumed(begun)
+    assert "has 2 iterations and SOLVER.MAX_ITER is 2: nothing is left to train" in caplog.text
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+@pytest.mark.timeout(900)
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    """Each rank's own statistics are in the checkpoint: straight run and resumed one are equal."""
+    options = [*SMALL, "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 2, "SEED", 1,
+               "DATALOADER.NUM_WORKERS", 0, "SOLVER.MAX_ITER", 4, "MODEL.MABN.WARMUP_ITERS", 1,
+               "MODEL.MABN.SIMULATED_BATCH_SIZE", 2]  # fmt: skip
+    flags = ["--config-file", CONFIG, "--num-gpus", 2, "--dist-url", "auto"]
+    done = run("train_net.py", *flags, *options, "OUTPUT_DIR", tmp_path / "straight")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "straight/model_0000001.pth", tmp_path / "resumed")
+    (tmp_path / "resumed/last_checkpoint").write_text("model_0000001.pth")
+    done = run("train_net.py", *flags, "--resume", *options, "OUTPUT_DIR", tmp_path / "resumed")
+    assert done.returncode == 0 and "differ from those" not in done.stdout, done.stderr[-3000:]
+    one, two = (
+        torch.load(tmp_path / run / "model_final.pth", weights_only=False)
+        for run in ("straight", "resumed")
+    )
+    ranks = one["rank_states"]["buffers"]
+    stem = "backbone.bottom_up.stem.conv1.norm.running_var"
+    assert len(ranks) == 2 and not torch.equal(ranks[0][stem], ranks[1][stem])
+    assert_equal(one["model"], two["model"])
+    assert_equal(one["rank_states"], two["rank_states"])
+    assert_equal(one["trainer"], two["trainer"])
+    # Another number of processes: a warning, and the first one's statistics.
+    flags = ["--config-file", CONFIG, "--num-gpus", 0, "--resume"]
+    done = run("train_net.py", *flags, *options, "SOLVER.MAX_ITER", 5,
+               "OUTPUT_DIR", tmp_path / "resumed")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "statistics of 2 processes, and 1 resume it" in done.stdout
+
+
+def assert_equal(one, two, path=""):
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            assert_equal(one[key], two[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), path
+        for i, pair in enumerate(zip(one, two, strict=True)):
+            assert_equal(*pair, f"{path}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), path
+    else:
+        assert one == two, path
