@@ -13,8 +13,9 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
 from ..modeling.norm_table import NORMS
+from ..safe_yaml import RefusedYAML, check_yaml, load_yaml
 from ..solver import OPTIMIZERS
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean, one_line
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
@@ -41,15 +42,21 @@ def read_config(config_file, opts=()):
     add_mabn_config(cfg)
     defaults = cfg.clone()
     try:
+        check_yaml(config_file)
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(opts)
         # yacs lets None take the place of any value, and then any value that of None: once more,
         # each against its default.
         merged = defaults.clone()
         merged.merge_from_other_cfg(cfg)
+    except RefusedYAML as error:
+        raise ConfigError(str(error)) from error
     except (AttributeError, KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).split())
-        raise ConfigError(f"--config-file {config_file!r} {opts or ''}: {text}") from error
+        text = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error, 500)
+        unknown = text.rpartition("Non-existent config key: ")[2] if "Non-existent" in text else ""
+        hint = did_you_mean(unknown, _leaves(defaults)) if unknown else ""
+        options = " ".join(map(str, opts))
+        raise ConfigError(f"--config-file {config_file!r} {options}: {text}{hint}") from error
     nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
@@ -99,10 +106,7 @@ def _use_folder(cfg, args, alone):
 
 def _keys_of_file(config_file):
     """Return the keys that a YAML config file sets itself, without those of its _BASE_."""
-    if not config_file:
-        return set()
-    with PathManager.open(config_file) as file:
-        return set(_leaves(yaml.safe_load(file) or {}))
+    return set(_leaves(load_yaml(config_file))) if config_file else set()
 
 
 def _leaves(node, prefix=""):
