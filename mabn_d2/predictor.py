@@ -54,6 +54,19 @@ class Predictor:
         """
         return self._reader({"file_name": str(path)})
 
+    def to_tensor(self, image: np.ndarray) -> torch.Tensor:
+        """Return what the model takes of an image: resized, channels in the order of INPUT.FORMAT.
+
+        Args:
+            image: (H, W, 3) uint8, BGR.
+        Returns:
+            (3, H', W') uint8.
+        """
+        if self.cfg.INPUT.FORMAT == "RGB":
+            image = image[:, :, ::-1]
+        resized = self._resize.get_transform(image).apply_image(image)
+        return torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+
     @torch.no_grad()
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Instances:
         """Return the objects in one image, those with the highest scores first.
@@ -74,11 +87,7 @@ class Predictor:
                 f"an image is (H, W, 3) uint8, BGR; this is {tuple(image.shape)} {image.dtype}"
             )
         height, width = image.shape[:2]
-        if self.cfg.INPUT.FORMAT == "RGB":
-            image = image[:, :, ::-1]
-        resized = self._resize.get_transform(image).apply_image(image)
-        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        inputs = [{"image": tensor, "height": height, "width": width}]
+        inputs = [{"image": self.to_tensor(image), "height": height, "width": width}]
         instances = self.model(inputs)[0]["instances"].to("cpu")
         instances = instances[instances.scores >= self.threshold]
         names = np.array(self.class_names, dtype=object)

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from ..checkpoint import CheckpointError
 from ..data.errors import DataError
 from ..data.mapper import BadImageError
+from ..export import ExportError
 
 
 class ConfigError(ValueError):
@@ -22,7 +23,7 @@ class ConfigError(ValueError):
         super().__init__(one_line(message))
 
 
-ONE_LINE = (ConfigError, DataError, BadImageError, CheckpointError)
+ONE_LINE = (ConfigError, DataError, BadImageError, CheckpointError, ExportError)
 
 
 @contextmanager

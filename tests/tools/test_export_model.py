@@ -1,0 +1,121 @@
+"""Exported detectors give what the model gives, in a process without Detectron2."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commands import exit_line
+from detectors import narrow_cfg, randomized, scenes
+from detectron2.modeling import build_model
+from paths import ROOT
+from repository_configs import narrow
+
+from mabn_d2.checkpoint import write_checkpoint
+from mabn_d2.checkpoint.description import describe
+from mabn_d2.export import ExportableDetector, ExportError, export_checkpoint, export_detector
+from mabn_d2.predictor import load_predictor
+
+
+def retinanet_cfg():
+    cfg = narrow("retinanet_R50_FPN_mabn_2x.yaml")
+    cfg.MODEL.RETINANET.NUM_CLASSES = 10
+    cfg.INPUT.MIN_SIZE_TEST, cfg.TEST.DETECTIONS_PER_IMAGE = 128, 20
+    return cfg
+
+
+def faster_cfg():
+    cfg = narrow_cfg(DEPTH=18)
+    cfg.MODEL.MASK_ON = False
+    return cfg
+
+
+CONFIGS = {
+    "mask": lambda: narrow_cfg(DEPTH=18),
+    "faster": faster_cfg,
+    "retinanet": retinanet_cfg,
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request, tmp_path_factory):
+    """A checkpoint of a detector with random weights that holds its config."""
+    torch.manual_seed(0)
+    cfg = CONFIGS[request.param]()
+    cfg.DATASETS.TRAIN = ("digit_scenes_train",)  # whose ten classes the checkpoint names
+    model = randomized(build_model(cfg))
+    if request.param == "retinanet":
+        torch.nn.init.constant_(model.head.cls_score.bias, -3)
+    path = tmp_path_factory.mktemp(request.param) / "model.pth"
+    write_checkpoint({"model": model.state_dict(), **describe(cfg)}, path)
+    return path
+
+
+def run(file, images, folder):
+    """Return what the file gives for each image, from a process of its own."""
+    np.savez(folder / "images.npz", **{str(i): image.numpy() for i, image in enumerate(images)})
+    command = [sys.executable, ROOT / "tests/support/run_exported.py", file]
+    command += [folder / "images.npz", folder / "found.npz"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.load(folder / "found.npz")
+    outputs = len(found.files) // len(images)
+    return [
+        [torch.from_numpy(found[f"{i} {k}"]) for k in range(outputs)] for i in range(len(images))
+    ]
+
+
+@pytest.mark.parametrize("suffix, format", [(".pt", "torchscript"), (".onnx", "onnx")])
+def test_ten_scenes_and_another_size(checkpoint, suffix, format, tmp_path):
+    file = tmp_path / f"detector{suffix}"
+    said = export_checkpoint(checkpoint, format, file, (144, 144))
+    assert "the whole detector" in said
+    images = [scene["image"].float() for scene in scenes(10)]
+    images.append(torch.nn.functional.interpolate(images[0][None], size=(200, 176))[0])
+    detector = ExportableDetector(load_predictor(checkpoint, "cpu", 0.05).model)
+    objects = 0
+    for image, found in zip(images, run(file, images, tmp_path), strict=True):
+        with torch.no_grad():
+            boxes, classes, scores, *masks = detector(image)
+        objects += len(boxes)
+        assert torch.equal(found[1], classes)
+        torch.testing.assert_close(found[0], boxes, rtol=0, atol=1e-3 * max(image.shape))
+        torch.testing.assert_close(found[2], scores, rtol=1e-3, atol=1e-5)
+        for mask, wanted in zip(found[3:], masks, strict=True):
+            assert mask.dtype == torch.bool and mask.shape == (len(boxes), *image.shape[1:])
+            assert (mask != wanted).float().mean() < 1e-3
+    assert objects > 50
+
+
+def test_part_as_exported_program(checkpoint, tmp_path):
+    """The selection of boxes depends on data; what is in front of it is written, and it is said."""
+    file = tmp_path / "detector.pt2"
+    said = export_checkpoint(checkpoint, "exported_program", file, (128, 160))
+    assert said.startswith("only backbone, FPN and the head") and " stops at `" in said
+    images = [torch.rand(3, 128, 160) * 255]
+    (found,) = run(file, images, tmp_path)
+    model = load_predictor(checkpoint, "cpu").model
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image([{"image": images[0]}]).tensor)
+        if hasattr(model, "head"):
+            wanted = model.head([features[name] for name in model.head_in_features])
+        else:
+            rpn = model.proposal_generator
+            wanted = rpn.rpn_head([features[name] for name in rpn.in_features])
+    for a, b in zip(found, [t for part in wanted for t in part], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_one_line_errors(tmp_path, monkeypatch):
+    cfg = narrow_cfg(DEPTH=18)
+    path = tmp_path / "model.pth"
+    write_checkpoint({"model": randomized(build_model(cfg)).state_dict()}, path)
+    output = tmp_path / "new" / "detector.onnx"
+    arguments = ("--checkpoint", path, "--format", "onnx", "--output", output)
+    line = exit_line(monkeypatch, "export_model.py", *arguments)
+    assert "holds no config" in line and "--config-file" in line
+    assert not output.parent.exists()
+    with pytest.raises(ExportError, match="use Faster R-CNN, Mask R-CNN or RetinaNet"):
+        export_detector(torch.nn.Conv2d(3, 3, 1), "onnx", output, [torch.rand(3, 32, 32)])
+    assert not output.parent.exists()
