@@ -6,16 +6,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
+
 from commands import exit_line
 from detectors import narrow_cfg, randomized, scenes
-from detectron2.modeling import build_model
-from paths import ROOT
-from repository_configs import narrow
-
 from mabn_d2.checkpoint import write_checkpoint
 from mabn_d2.checkpoint.description import describe
 from mabn_d2.export import ExportableDetector, ExportError, export_checkpoint, export_detector
 from mabn_d2.predictor import load_predictor
+from paths import ROOT
+from repository_configs import narrow
 
 
 def retinanet_cfg():
@@ -78,6 +78,13 @@ def test_ten_scenes_and_another_size(checkpoint, suffix, format, tmp_path):
     for image, found in zip(images, run(file, images, tmp_path), strict=True):
         with torch.no_grad():
             boxes, classes, scores, *masks = detector(image)
+        assert len(found[0]) == len(boxes)
+        if not len(boxes):
+            continue
+        # Of objects with equal scores at the limit of detections, either may be kept.
+        clear = scores > scores.min() + 1e-4
+        boxes, classes, scores, *masks = (v[clear] for v in (boxes, classes, scores, *masks))
+        found = [values[clear] for values in found]
         objects += len(boxes)
         assert torch.equal(found[1], classes)
         torch.testing.assert_close(found[0], boxes, rtol=0, atol=1e-3 * max(image.shape))
@@ -88,11 +95,12 @@ def test_ten_scenes_and_another_size(checkpoint, suffix, format, tmp_path):
     assert objects > 50
 
 
+@pytest.mark.slow
 def test_part_as_exported_program(checkpoint, tmp_path):
     """The selection of boxes depends on data; what is in front of it is written, and it is said."""
     file = tmp_path / "detector.pt2"
     said = export_checkpoint(checkpoint, "exported_program", file, (128, 160))
-    assert said.startswith("only backbone, FPN and the head") and " stops at `" in said
+    assert said.startswith("only backbone, FPN and the head") and "because it stops" in said
     images = [torch.rand(3, 128, 160) * 255]
     (found,) = run(file, images, tmp_path)
     model = load_predictor(checkpoint, "cpu").model
