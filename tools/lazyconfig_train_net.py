@@ -30,6 +30,7 @@ from mabn_d2 import fuse_relu
 from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.data.workers import guard_workers
 from mabn_d2.engine import ConfigError, launch, one_line_errors
+from mabn_d2.engine.data_check import check_lazy_data
 from mabn_d2.engine.guarded_trainer import GuardedDDP, GuardedTrainer
 from mabn_d2.engine.hooks import StopOnSignal
 from mabn_d2.engine.hooks.log_statistics import LogStatistics
@@ -133,6 +134,7 @@ def main(args):
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.train.device = "cpu"
+    check_lazy_data(cfg, train=not args.eval_only)  # before default_setup writes to output_dir
     default_setup(cfg, args)
     model = build_model(cfg)
     if not args.eval_only:

@@ -119,13 +119,13 @@ class DataRequirements:
         keypoint_head = _find(heads, "keypoint_head")
         key = "model.num_classes" if heads is None else "model.roi_heads.num_classes"
         names = {}
-        for part in ("train", "test"):
+        for part in ("train", "test") if "evaluator" in cfg.dataloader else ("train",):
             found = _find(cfg, f"dataloader.{part}.dataset.names")
             names[part] = (found,) if isinstance(found, str) else tuple(found or ())
         mask_key = "dataloader.train.mapper.instance_mask_format"
         return cls(
             train=Setting("dataloader.train.dataset.names", names["train"] if train else None),
-            test=Setting("dataloader.test.dataset.names", names["test"]),
+            test=Setting("dataloader.test.dataset.names", names.get("test", ())),
             num_classes=_found(cfg, key),
             num_stuff_classes=_found(cfg, "model.sem_seg_head.num_classes"),
             masks=Setting("model.roi_heads.mask_head", mask_head is not None),

@@ -1,5 +1,7 @@
 """The check of the datasets of a config."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from ..data.data_check import check_requirements
@@ -32,3 +34,18 @@ def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> Non
     if train:
         check_sampler(cfg)
     check_requirements(DataRequirements.from_cfg(cfg, train))
+
+
+def check_lazy_data(cfg: Any, train: bool = True) -> None:
+    """Do what `check_data` does for a LazyConfig, before anything of it is instantiated.
+
+    Only datasets of `get_detection_dataset_dicts` are known.
+
+    Args:
+        cfg: with Detectron2's nodes `dataloader` and `model`.
+        train: False if the config is used for an evaluation only.
+
+    Raises:
+        DataError: if the data can't be used or contradicts the config.
+    """
+    check_requirements(DataRequirements.from_lazy(cfg, train))
