@@ -93,3 +93,14 @@ def add_mabn_config(cfg):
     cfg.MODEL.WEIGHTS_IF_PRESENT = ""
     # Newest checkpoints to keep besides model_final.pth and model_best.pth. 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+    # Losses on DATASETS.TEST at each evaluation, as in training but with norms as in evaluation: the
+    # scalars validation/total_loss and validation/<loss>.
+    cfg.TEST.VALIDATION_LOSS = False
+    # What model_best.pth is best in: a scalar of the evaluation, such as "segm/AP" or
+    # "validation/total_loss" (the lower, the better, if "loss" is in the name). "auto": the AP of masks
+    # if there are masks, else of boxes. "": no model_best.pth.
+    cfg.TEST.BEST_METRIC = ""
+    # Test images that are drawn for TensorBoard at each evaluation, truth above predictions.
+    cfg.TEST.PICTURES = 0
+    # Stop when so many evaluations in a row have not been better in BEST_METRIC. 0: never.
+    cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0

@@ -1,63 +1,97 @@
 """Pictures of a run: predictions beside the truth, curves of losses and AP."""
 
 import json
+import math
+from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation import inference_context
+from torch import nn
 
 matplotlib.use("Agg")  # draws into files; before pyplot, which Detectron2's Visualizer imports
 
 import matplotlib.pyplot as plt
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 
+PICTURE_SIZE = 320  # pixels of the longer side of an image that is drawn
 
-def draw_predictions(cfg, model, path, num_images=6, min_score=0.5, scale=2.0):
-    """Draw the masks predicted on the first images of DATASETS.TEST[0], the truth above them.
+
+def prediction_pictures(
+    cfg: CfgNode, model: nn.Module, num_images: int = 6, min_score: float = 0.5
+) -> Iterator[np.ndarray]:
+    """Yield pictures of the first images of DATASETS.TEST[0]: truth above, predictions below.
 
     Args:
-        model: in evaluation mode on return, whatever it was.
-        path: the picture to write, its format by suffix.
+        model: its mode is restored.
+        num_images: at most so many pictures.
         min_score: instances below it are left out.
-        scale: enlargement of the images.
+
+    Yields:
+        (H, W, 3) uint8, RGB.
     """
     dataset = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(dataset)
-    truth = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
-    model.eval()
-    columns = []
-    for inputs, _ in zip(build_detection_test_loader(cfg, dataset), range(num_images)):
-        with torch.no_grad():
+    records = DatasetCatalog.get(dataset)[:num_images]
+    loader = build_detection_test_loader(
+        records, mapper=DatasetMapper(cfg, False), sampler=range(len(records))
+    )
+    with inference_context(model), torch.no_grad():
+        for record, inputs in zip(records, loader, strict=True):
             instances = model(inputs)[0]["instances"].to("cpu")
-        record = truth[inputs[0]["image_id"]]
-        image = read_image(record["file_name"], "RGB")
-        rows = (
-            Visualizer(image, metadata, scale).draw_dataset_dict(record),
-            Visualizer(image, metadata, scale).draw_instance_predictions(
-                instances[instances.scores >= min_score]
-            ),
-        )
-        columns.append(np.concatenate([row.get_image() for row in rows]))
+            image = read_image(record["file_name"], "RGB")
+            scale = PICTURE_SIZE / max(image.shape[:2])
+            found = instances[instances.scores >= min_score]
+            rows = (
+                Visualizer(image, metadata, scale).draw_dataset_dict(record),
+                Visualizer(image, metadata, scale).draw_instance_predictions(found),
+            )
+            yield np.concatenate([row.get_image() for row in rows])
+
+
+def draw_predictions(
+    cfg: CfgNode,
+    model: nn.Module,
+    path: str | PathLike,
+    num_images: int = 6,
+    min_score: float = 0.5,
+) -> None:
+    """Write one picture of `prediction_pictures`, side by side.
+
+    Args:
+        model: its mode is restored.
+        path: the picture to write, its format by suffix.
+    """
+    columns = list(prediction_pictures(cfg, model, num_images, min_score))
     height = max(column.shape[0] for column in columns)
-    # Images of unequal heights: white below the shorter ones.
+    # White below and between images of different sizes.
     padded = [
         np.pad(c, ((0, height - len(c)), (0, 4), (0, 0)), constant_values=255) for c in columns
     ]
     figure, axes = plt.subplots(figsize=(2 * len(columns), 4.4), layout="constrained")
     axes.imshow(np.concatenate(padded, axis=1))
-    axes.set_title(f"{dataset}: truth above, predictions (score >= {min_score}) below")
+    axes.set_title(f"{cfg.DATASETS.TEST[0]}: truth above, predictions (score >= {min_score}) below")
     axes.set_axis_off()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def read_metrics(folder):
-    """Return the records of `folder`/metrics.json, one an iteration; later ones replace earlier.
+def read_metrics(folder: str | PathLike) -> list[dict[str, float]]:
+    """Return the records of `folder`/metrics.json, one for each iteration, in their order.
 
-    A run that was killed and resumed has written some iterations twice.
+    A run that was killed and resumed has written some iterations twice: later values replace earlier
+    ones.
     """
     records = {}
     for line in (Path(folder) / "metrics.json").read_text().splitlines():
@@ -66,24 +100,38 @@ def read_metrics(folder):
     return [records[iteration] for iteration in sorted(records)]
 
 
-def plot_run(folder, path):
-    """Plot losses and AP against iterations, from the metrics.json of Detectron2's writer."""
-    records = read_metrics(folder)
+def plot_run(folder: str | PathLike, path: str | PathLike) -> None:
+    """Plot losses and AP against iterations, from the metrics.json of Detectron2's writer.
 
-    def series(name):
-        pairs = [(r["iteration"] + 1, r[name]) for r in records if name in r]
-        return zip(*pairs) if pairs else ((), ())
+    Args:
+        folder: that of the run.
+        path: the picture to write, its format by suffix.
+    """
+    records = read_metrics(folder)
+    names = {key for record in records for key in record}
+
+    def plot(axes, name, label, **style):
+        points = [
+            (r["iteration"] + 1, r[name]) for r in records if math.isfinite(r.get(name, math.nan))
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
 
     figure, (losses, ap) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in sorted({key for r in records for key in r if "loss" in key}):
-        losses.plot(*series(name), label=name, linewidth=2 if name == "total_loss" else 1)
+    for name in sorted(name for name in names if "loss" in name and "/" not in name):
+        plot(losses, name, name, linewidth=2 if name == "total_loss" else 1)
+    for name in sorted(name for name in names if name.endswith("validation/total_loss")):
+        plot(losses, name, name, linewidth=2, linestyle="--", marker="o")
     losses.set(xlabel="iteration", ylabel="loss (median of 20)", yscale="log")
-    losses.legend(fontsize=8)
-    for name, label in (("bbox/AP", "box AP"), ("segm/AP", "mask AP"), ("segm/AP50", "mask AP50")):
-        ap.plot(*series(name), label=label, marker="o")
+    # bbox/AP, segm/AP50; with several test sets the set's name is in front.
+    for name in sorted(
+        name for name in names if name.rpartition("/")[2] in ("AP", "AP50", "PQ", "mIoU")
+    ):
+        plot(ap, name, name, marker="o")
     ap.set(xlabel="iteration", ylabel="AP (%)", ylim=(0, None))
-    ap.legend()
     for axes in (losses, ap):
         axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

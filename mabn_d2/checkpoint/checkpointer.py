@@ -182,8 +182,13 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _log_incompatible_keys(self, incompatible):
         """Nothing: `check_entries` has logged it in one line."""
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
         """Save to `{name}.pth` as DetectionCheckpointer does.
+
+        Args:
+            name: file name without its suffix.
+            tag: let `last_checkpoint` name the file, so that a resumed run goes on from it.
+            kwargs: more entries of the file.
 
         Raises:
             CheckpointError: if the file can't be written.
@@ -198,7 +203,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         for partial in path.parent.glob(".*.partial"):
             partial.unlink()
         write_checkpoint(data, path)
-        self.tag_last_checkpoint(path.name)
+        if tag:
+            self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if "://" in self.save_dir:

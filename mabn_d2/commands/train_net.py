@@ -11,6 +11,7 @@ from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
 from ..engine.log import share_log
 from ..engine.own_data import log_folder
+from ..engine.report import log_report
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> dict:
     log_folder(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    results = trainer.train()
+    log_report(trainer)
+    return results
 
 
 def check(args: argparse.Namespace) -> None:

@@ -144,6 +144,8 @@ def check_config(cfg, workers=1, resume=False, train=True):
             f"each process has of SOLVER.IMS_PER_BATCH {images}: use one of "
             f"{', '.join(map(str, fitting))}, or change IMS_PER_BATCH"
         )
+    if train:
+        _check_evaluation(cfg)
     if cfg.DATALOADER.BAD_INPUT not in ("stop", "skip"):
         raise ConfigError(
             f'DATALOADER.BAD_INPUT is {cfg.DATALOADER.BAD_INPUT!r}: use "stop" or "skip"'
@@ -245,3 +247,37 @@ def _norm_nodes(node, prefix=""):
             if isinstance(value.get("NORM"), str):
                 yield key, value
             yield from _norm_nodes(value, f"{key}.")
+
+
+def _check_evaluation(cfg):
+    """Keys of what follows from an evaluation: the best checkpoint, early stopping."""
+    metric, patience = cfg.TEST.BEST_METRIC, cfg.SOLVER.EARLY_STOPPING_PATIENCE
+    tasks = ["bbox", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation"]
+    task, _, name = metric.rpartition("/")
+    task = task.rpartition("/")[2]  # several test sets put their names in front
+    if metric not in ("", "auto") and (task not in tasks or not name):
+        raise ConfigError(
+            f'TEST.BEST_METRIC is {metric!r}: use "auto", "" or a scalar of the evaluation, such as '
+            '"bbox/AP", "segm/AP50" or "validation/total_loss"'
+        )
+    if task == "validation" and not cfg.TEST.VALIDATION_LOSS:
+        raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, which needs TEST.VALIDATION_LOSS True")
+    if task == "segm" and not cfg.MODEL.MASK_ON:
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}, but MODEL.MASK_ON is False: use bbox/{name}"
+        )
+    if patience < 0:
+        raise ConfigError(
+            f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}: use 0 to train to the end, or a number of "
+            "evaluations"
+        )
+    for needed, why in (
+        (metric, 'TEST.BEST_METRIC, which is empty: use "auto"'),
+        (
+            cfg.TEST.EVAL_PERIOD > 0,
+            f"TEST.EVAL_PERIOD, which is {cfg.TEST.EVAL_PERIOD}: set it to some iterations",
+        ),
+        (cfg.DATASETS.TEST, "DATASETS.TEST, which is empty: name a dataset"),
+    ):
+        if patience > 0 and not needed:
+            raise ConfigError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}, which needs {why}")

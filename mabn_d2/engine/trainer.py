@@ -20,12 +20,17 @@ from .data_check import check_data
 from .evaluators import build_evaluator
 from .guarded_trainer import GuardedDDP, GuardedTrainer
 from .hooks import (
+    BestCheckpoint,
+    DrawPredictions,
+    EarlyStopping,
     KeepRankStates,
     LogStatistics,
     RecalibrateMABN,
     StopOnSignal,
     SyncStatistics,
+    TrainingStopped,
 )
+from .hooks.best_checkpoint import best_metric
 from .hooks.rank_states import restore_rank_states
 from .hooks.recalibrate import recalibrate_converted
 from .log import share_log
@@ -33,6 +38,7 @@ from .model_check import build_errors
 from .own_data import with_folder
 from .resume import check_same_run, follow_schedule, log_changes, warn_if_finished
 from .schedule import finalize_schedule, log_schedule
+from .validation_loss import build_validation_loader, validation_losses
 
 
 class Trainer(DefaultTrainer):
@@ -147,10 +153,26 @@ class Trainer(DefaultTrainer):
                     max_to_keep=self.cfg.SOLVER.CHECKPOINTS_TO_KEEP or None,
                 )
             )
-        ours.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate))
-        if comm.is_main_process():  # after the evaluation, so that its metrics are written
-            ours.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        ours += self._evaluation_hooks(rank_states)
         return [*ours, StopOnSignal(self.checkpointer, rank_states)]
+
+    def _evaluation_hooks(self, rank_states):
+        """Return the hooks of evaluation and of what follows from it; each uses those before it."""
+        test, period = self.cfg.TEST, self.cfg.TEST.EVAL_PERIOD
+        chosen = [hooks.EvalHook(period, self._evaluate)]
+        metric = best_metric(self.cfg)
+        if metric:
+            chosen.append(BestCheckpoint(period, self.checkpointer, metric))
+        if comm.is_main_process():
+            if test.PICTURES > 0 and self.cfg.DATASETS.TEST:
+                model = getattr(self.model, "module", self.model)
+                chosen.append(DrawPredictions(self.cfg, model, period, test.PICTURES))
+            chosen.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        if metric and self.cfg.SOLVER.EARLY_STOPPING_PATIENCE > 0:
+            best = chosen[1]
+            patience = self.cfg.SOLVER.EARLY_STOPPING_PATIENCE
+            chosen.append(EarlyStopping(best, patience, rank_states))
+        return chosen
 
     def _precise_statistics(self):
         """Return the hooks of TEST.PRECISE_BN, on batches of the size that a forward has in training."""
@@ -169,8 +191,28 @@ class Trainer(DefaultTrainer):
         return chosen
 
     def _evaluate(self):
-        self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        results = self.test(self.cfg, self.model)
+        if self.cfg.TEST.VALIDATION_LOSS:
+            model = getattr(self.model, "module", self.model)
+            for name in self.cfg.DATASETS.TEST:
+                loader = build_validation_loader(self.cfg, name)
+                if loader is None:  # a set without annotations
+                    continue
+                losses = validation_losses(model, loader)
+                if comm.is_main_process():  # where the other results are
+                    several = len(self.cfg.DATASETS.TEST) > 1
+                    (results[name] if several else results)["validation"] = losses
+        self._last_eval_results = results
+        return results
+
+    def train(self):
+        """Train to the end, or to where early stopping ends it; see DefaultTrainer.train."""
+        try:
+            return super().train()
+        except TrainingStopped:
+            if not hasattr(self, "_last_eval_results"):  # a run that had stopped was resumed
+                self._evaluate()
+            return None
 
     def _micro_batches(self):
         """Return training batches of the size that a forward has, beside the loader that trains."""

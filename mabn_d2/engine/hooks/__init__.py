@@ -1,5 +1,8 @@
 """Hooks of the trainer, one a module."""
 
+from .best_checkpoint import BestCheckpoint
+from .draw_predictions import DrawPredictions
+from .early_stopping import EarlyStopping, TrainingStopped
 from .log_statistics import LogStatistics
 from .rank_states import KeepRankStates
 from .recalibrate import RecalibrateMABN
@@ -7,9 +10,13 @@ from .stop_on_signal import StopOnSignal
 from .sync_statistics import SyncStatistics
 
 __all__ = [
+    "BestCheckpoint",
+    "DrawPredictions",
+    "EarlyStopping",
     "KeepRankStates",
     "LogStatistics",
     "RecalibrateMABN",
     "StopOnSignal",
     "SyncStatistics",
+    "TrainingStopped",
 ]

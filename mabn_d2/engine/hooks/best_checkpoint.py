@@ -1,0 +1,115 @@
+"""The checkpoint of the best evaluation."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ...checkpoint import SafeCheckpointer
+from ...checkpoint.io import atomic_file
+
+NAME = "model_best"
+
+
+class Best(NamedTuple):
+    """The best evaluation so far.
+
+    Attributes:
+        metric: name of what is compared.
+        value: its best value; None before the first finite one.
+        iterations: iterations that were done when it was reached.
+        evaluated: iterations that were done at the last evaluation.
+    """
+
+    metric: str
+    value: float | None = None
+    iterations: int = 0
+    evaluated: int = 0
+
+
+class BestCheckpoint(HookBase):
+    """Writes `model_best.pth` after each evaluation that is better than all before.
+
+    Detectron2's BestCheckpointer forgets the best value when a run is resumed, and lets
+    `last_checkpoint` name model_best.pth, from which a resumed run would repeat iterations. Here
+    `model_best.json` keeps the best value beside the file, and `last_checkpoint` stays as it is. A value
+    that is not finite is never the best.
+
+    Place it behind the hook that evaluates. All ranks know the best value of the main process.
+
+    Args:
+        period: iterations between evaluations; 0: only after the last iteration.
+        checkpointer: what saves.
+        metric: a scalar of the evaluation, such as "bbox/AP". Lower is better if "loss" is in it.
+    """
+
+    def __init__(self, period: int, checkpointer: SafeCheckpointer, metric: str):
+        self.period, self.checkpointer = period, checkpointer
+        self.lower_is_better = "loss" in metric
+        self.best = Best(metric)
+        self.file = Path(checkpointer.save_dir, f"{NAME}.json")
+
+    def before_train(self) -> None:
+        """Go on from the best value of the run that is resumed."""
+        found = None
+        if comm.is_main_process() and self.trainer.start_iter > 0 and self.file.is_file():
+            found = Best(**json.loads(self.file.read_text()))
+        found = comm.all_gather(found)[0]
+        if found is None:
+            return
+        if found.metric == self.best.metric:
+            self.best = found
+        else:
+            logging.getLogger(__name__).warning(
+                f"TEST.BEST_METRIC is {self.best.metric!r}, {self.file.name} is of {found.metric!r}: "
+                "the best value so far is unknown, and the next evaluation replaces model_best.pth"
+            )
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
+            self._compare(done)
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._compare(self.trainer.max_iter)
+
+    def _compare(self, done: int) -> None:
+        metric, best = self.best.metric, self.best.value
+        latest = self.trainer.storage.latest()
+        value = comm.all_gather(latest.get(metric, (None,))[0])[0]  # the main process evaluates
+        self.best = self.best._replace(evaluated=done)
+        logger = logging.getLogger(__name__)
+        if value is None:
+            known = sorted(name for name in latest if "/AP" in name or "/total_loss" in name)
+            logger.warning(
+                f"the evaluation gives no {metric} (TEST.BEST_METRIC): it has {', '.join(known)}"
+            )
+        elif math.isfinite(value) and (
+            best is None or (value < best if self.lower_is_better else value > best)
+        ):
+            self.best = self.best._replace(value=float(value), iterations=done)
+            logger.info(f"{metric} {value:.3f} is the best so far: saved as {NAME}.pth")
+            if comm.is_main_process():
+                self.checkpointer.save(NAME, tag=False, iteration=done - 1)
+        else:
+            logger.info(
+                f"{metric} {value:.3f}, best {best} after {self.best.iterations} iterations"
+            )
+        if comm.is_main_process():  # after the checkpoint that it describes
+            with atomic_file(self.file) as file:
+                file.write(json.dumps(self.best._asdict()).encode())
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """Return the scalar that TEST.BEST_METRIC chooses; "" if there is none, or no evaluation."""
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if not names or metric != "auto":
+        return metric if names else ""
+    several = f"{names[0]}/" if len(names) > 1 else ""
+    return f"{several}{'segm' if cfg.MODEL.MASK_ON else 'bbox'}/AP"
