@@ -805,10 +805,9 @@ def _enter(
         k = first + tl.arange(0, TILE_ROWS)
         place = groups + k
         repeated = (k + repeats * groups - m) % groups
-        source = tl.where(first_iteration, repeated, place - m)
-        from_rows = first_iteration | (place >= m)
-        old = (k < m) & ~from_rows
-        new = (k < m) & from_rows
+        source = tl.where(first_iteration != 0, repeated, place - m)
+        old = (k < m) & (place < m) & (first_iteration == 0)
+        new = (k < m) & ((place >= m) | (first_iteration != 0))
         moved = tl.load(
             window + place[:, None] * C + channel[None, :],
             mask=old[:, None] & inside[None, :],
@@ -847,7 +846,7 @@ def advance_groups(
 ):
     """`functional_split.advance_groups`, and what its result scales by: vectors of `forward_sums`."""
     size = groups * C
-    first = tl.load(vectors + 6 * size + 1).to(tl.int32) != 0
+    first = tl.load(vectors + 6 * size + 1).to(tl.int32)
     no_renorm = tl.load(vectors + 6 * size + 2).to(tl.int32) != 0
     accepted = tl.load(vectors + 6 * size + 3).to(tl.int32) != 0
     channel = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
@@ -859,11 +858,11 @@ def advance_groups(
     for group in range(groups):
         row = vectors + group * C + channel
         mean = _trailing_mean(window, vectors, group, channel, inside, C, m, TILE_C, TILE_ROWS)
-        var = tl.where(first, tl.load(row, mask=inside, other=0.0), mean)
+        var = tl.where(first != 0, tl.load(row, mask=inside, other=0.0), mean)
         total += var
         tl.store(row + size, var, mask=inside)
     mean = total / groups
-    before = tl.where(first, mean, running)
+    before = tl.where(first != 0, mean, running)
     tl.debug_barrier()
     for group in range(groups):
         row = vectors + group * C + channel
@@ -894,14 +893,14 @@ def push_groups(
 ):
     """The factor of x in dx for all groups, from the psi of `backward_sums`, which enter the window."""
     size = groups * C
-    first = tl.load(vectors + 6 * size + 1).to(tl.int32) != 0
+    first = tl.load(vectors + 6 * size + 1).to(tl.int32)
     accepted = tl.load(factor + 2 * size).to(tl.int32) != 0
     channel = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
     inside = channel < C
     for group in range(groups):
         place = group * C + channel
         mean = _trailing_mean(window, factor, group, channel, inside, C, m, TILE_C, TILE_ROWS)
-        psi = tl.where(first, tl.load(factor + place, mask=inside, other=0.0), mean)
+        psi = tl.where(first != 0, tl.load(factor + place, mask=inside, other=0.0), mean)
         var = tl.load(vectors + size + place, mask=inside, other=0.0)
         tl.store(factor + size + place, -psi / (var + EPS), mask=inside)
     tl.debug_barrier()

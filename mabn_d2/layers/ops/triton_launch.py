@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -180,7 +180,13 @@ class Launch:
         return compiled
 
 
-_workspaces: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+class _Workspace(NamedTuple):
+    partials: int
+    blocks: int
+    tensors: tuple[torch.Tensor, torch.Tensor]
+
+
+_workspaces: dict[tuple[int, int], _Workspace] = {}
 
 
 def workspace(
@@ -196,15 +202,21 @@ def workspace(
         x: an activation on the device.
         device, stream: its index and the address of its current stream.
     """
-    capturing = device >= 0 and torch.cuda.is_current_stream_capturing()
-    found = None if capturing else _workspaces.get((device, stream))
-    if found is None or len(found[0]) < partials or len(found[1]) <= blocks:
+    if device >= 0 and torch.cuda.is_current_stream_capturing():
+        return _new_workspace(x, partials, blocks)
+    found = _workspaces.get((device, stream))
+    if found is None or found.partials < partials or found.blocks < blocks:
         if found is not None:
-            partials, blocks = max(partials, len(found[0])), max(blocks, len(found[1]) - 1)
-        found = (
-            x.new_empty(partials, dtype=torch.float32),
-            x.new_zeros(1 + blocks, dtype=torch.int64),
-        )
-        if not capturing:
-            _workspaces[device, stream] = found
-    return found
+            partials, blocks = max(partials, found.partials), max(blocks, found.blocks)
+        found = _Workspace(partials, blocks, _new_workspace(x, partials, blocks))
+        _workspaces[device, stream] = found
+    return found.tensors
+
+
+def _new_workspace(
+    x: torch.Tensor, partials: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(partials, dtype=torch.float32),
+        x.new_zeros(1 + blocks, dtype=torch.int64),
+    )
