@@ -14,13 +14,13 @@ from detectron2.utils.file_io import PathManager
 from ..config import add_mabn_config
 from ..modeling.norm_table import NORMS
 from ..safe_yaml import RefusedYAML, check_yaml, load_yaml
-from ..solver import OPTIMIZERS
 from .errors import ConfigError, did_you_mean, one_line
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
 from .resume import check_same_run
 from .schedule import finalize_schedule
+from .value_check import check_values
 
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
@@ -125,6 +125,7 @@ def check_config(cfg, workers=1, resume=False, train=True):
         resume: weights come from OUTPUT_DIR if a checkpoint is there.
         train: False where the config is for evaluation only.
     """
+    check_values(cfg, train)
     images, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
     if steps < 1:
         raise ConfigError(
@@ -146,14 +147,6 @@ def check_config(cfg, workers=1, resume=False, train=True):
         )
     if train:
         _check_evaluation(cfg)
-    if cfg.DATALOADER.BAD_INPUT not in ("stop", "skip"):
-        raise ConfigError(
-            f'DATALOADER.BAD_INPUT is {cfg.DATALOADER.BAD_INPUT!r}: use "stop" or "skip"'
-        )
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-        raise ConfigError(
-            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use one of {', '.join(OPTIMIZERS)}"
-        )
     for name, row in NORMS.items():
         try:
             layer = row.layer(1, **row.settings(cfg), device="meta")  # checks the values
@@ -178,7 +171,8 @@ def check_config(cfg, workers=1, resume=False, train=True):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 raise ConfigError(
-                    f"DATASETS.{key} names {name!r}, which is not registered: use one of "
+                    f"DATASETS.{key} names {name!r}, which is not registered"
+                    f"{did_you_mean(name, DatasetCatalog.list())}: use one of "
                     f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
                 )
     if train:

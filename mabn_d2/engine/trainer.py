@@ -39,6 +39,7 @@ from .own_data import with_folder
 from .resume import check_same_run, follow_schedule, log_changes, warn_if_finished
 from .schedule import finalize_schedule, log_schedule
 from .validation_loss import build_validation_loader, validation_losses
+from .value_check import check_values
 
 
 class Trainer(DefaultTrainer):
@@ -64,6 +65,7 @@ class Trainer(DefaultTrainer):
         check_data(cfg, evaluators=not own)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         finalize_schedule(cfg)
+        check_values(cfg)
         log_schedule(cfg)
         with build_errors(cfg):
             model = self.build_model(cfg)

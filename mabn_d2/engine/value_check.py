@@ -1,0 +1,348 @@
+"""Values of Detectron2's keys that it looks up late, or never checks: names, choices, ranges, widths."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
+
+from ..modeling.norm_table import NORMS
+from ..solver import OPTIMIZERS
+from .errors import ConfigError, did_you_mean
+
+_logger = logging.getLogger(__name__)
+
+# Keys whose value names something registered.
+REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+}
+# Values that are no registered names, but mean that there is no such part.
+_NO_PART = {
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("PrecomputedProposals",),
+    "MODEL.ROI_BOX_HEAD.NAME": ("",),
+}
+_POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
+# Keys with one of some values.
+CHOICES = {
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+    "SOLVER.OPTIMIZER": tuple(OPTIMIZERS),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    "DATALOADER.BAD_INPUT": ("stop", "skip"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "MODEL.RESNETS.DEPTH": (10, 18, 26, 34, 50, 101, 152),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
+}
+# Words for a range, and what they mean for one number.
+RANGES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: 0 < x < math.inf,
+    "at least 0": lambda x: 0 <= x < math.inf,
+    "a whole number above 0": lambda x: isinstance(x, int) and x > 0,
+    "a whole number, at least 0": lambda x: isinstance(x, int) and x >= 0,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+}
+# Keys with a number, or with a list of them, for each of which the range holds.
+NUMBERS = {
+    "above 0": (
+        "SOLVER.BASE_LR",
+        "SOLVER.GAMMA",
+        "SOLVER.BIAS_LR_FACTOR",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+        "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
+        "MODEL.PIXEL_STD",
+        "MODEL.ANCHOR_GENERATOR.SIZES",
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+        "DATALOADER.RANDOM_SUBSET_RATIO",
+    ),
+    "at least 0": (
+        "SOLVER.WEIGHT_DECAY",
+        "SOLVER.WEIGHT_DECAY_NORM",
+        "SOLVER.WEIGHT_DECAY_BIAS",
+        "SOLVER.BASE_LR_END",
+        "SOLVER.WARMUP_FACTOR",
+        "DATALOADER.REPEAT_THRESHOLD",
+        "MODEL.RPN.SMOOTH_L1_BETA",
+        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA",
+        "MODEL.ANCHOR_GENERATOR.OFFSET",
+    ),
+    "a whole number above 0": (
+        "SOLVER.MAX_ITER",
+        "SOLVER.IMS_PER_BATCH",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "INPUT.MIN_SIZE_TRAIN",
+        "INPUT.MAX_SIZE_TRAIN",
+        "INPUT.MAX_SIZE_TEST",
+        "TEST.DETECTIONS_PER_IMAGE",
+        "TEST.PRECISE_BN.NUM_ITER",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "MODEL.RETINANET.NUM_CLASSES",
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+        "MODEL.RESNETS.NUM_GROUPS",
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        "MODEL.RESNETS.STEM_OUT_CHANNELS",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        "MODEL.FPN.OUT_CHANNELS",
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+        "MODEL.RPN.PRE_NMS_TOPK_TEST",
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+        "TEST.AUG.MIN_SIZES",
+        "TEST.AUG.MAX_SIZE",
+    ),
+    "a whole number, at least 0": (
+        "SOLVER.WARMUP_ITERS",
+        "SOLVER.STEPS",
+        "SOLVER.REFERENCE_WORLD_SIZE",
+        "SOLVER.NUM_DECAYS",
+        "TEST.EVAL_PERIOD",
+        "INPUT.MIN_SIZE_TEST",
+        "DATALOADER.NUM_WORKERS",
+        "VIS_PERIOD",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV",
+        "MODEL.ROI_BOX_HEAD.NUM_FC",
+        "MODEL.ROI_MASK_HEAD.NUM_CONV",
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
+        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO",
+        "MODEL.MABN.LOG_PERIOD",
+    ),
+    "between 0 and 1": (
+        "MODEL.RPN.POSITIVE_FRACTION",
+        "MODEL.RPN.NMS_THRESH",
+        "MODEL.RPN.IOU_THRESHOLDS",
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "MODEL.ROI_HEADS.IOU_THRESHOLDS",
+        "MODEL.RETINANET.NMS_THRESH_TEST",
+        "MODEL.RETINANET.SCORE_THRESH_TEST",
+    ),
+    "at least 0 and below 1": ("SOLVER.MOMENTUM",),
+}
+# Keys whose channels a norm of the same node covers.
+WIDTHS = {
+    "MODEL.RESNETS.NORM": ("RESNETS.STEM_OUT_CHANNELS", "RESNETS.RES2_OUT_CHANNELS"),
+    "MODEL.FPN.NORM": ("FPN.OUT_CHANNELS",),
+    "MODEL.ROI_BOX_HEAD.NORM": ("ROI_BOX_HEAD.CONV_DIM",),
+    "MODEL.ROI_MASK_HEAD.NORM": ("ROI_MASK_HEAD.CONV_DIM",),
+    "MODEL.SEM_SEG_HEAD.NORM": ("SEM_SEG_HEAD.CONVS_DIM",),
+    "MODEL.RETINANET.NORM": ("FPN.OUT_CHANNELS",),
+}
+GROUPS = 32  # of Detectron2's "GN"
+
+
+def check_values(cfg: CfgNode, train: bool = True) -> None:
+    """Check the values of Detectron2's keys, each by itself and some against each other.
+
+    Args:
+        train: False where the config is for evaluation only: what only trains is not looked at.
+    Raises:
+        ConfigError: naming the key, its value and what it may be.
+    """
+    for key, registry in REGISTRIES.items():
+        value, known = get(cfg, key), [name for name, _ in registry]
+        if value is not None and value not in known and value not in _NO_PART.get(key, ()):
+            raise ConfigError(
+                f"{key} is {value!r}, which is not registered{did_you_mean(value, known)}: use one of "
+                f"{', '.join(known)}, or import the module that registers it"
+            )
+    for key, known in CHOICES.items():
+        value = get(cfg, key)
+        if value is not None and value not in known and _is_used(cfg, key):
+            raise ConfigError(
+                f"{key} is {value!r}{did_you_mean(value, known)}: use one of "
+                f"{', '.join(map(str, known))}"
+            )
+    for words, keys in NUMBERS.items():
+        for key in keys:
+            value = get(cfg, key)
+            if not all(_in_range(x, words) for x in _numbers(value)):
+                raise ConfigError(f"{key} is {_shown(value)}: give {_what(value, words)}")
+    _check_model(cfg)
+    if train:
+        _check_schedule(cfg)
+
+
+def _check_model(cfg):
+    model = cfg.MODEL
+    try:
+        torch.device(model.DEVICE)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f'MODEL.DEVICE is {model.DEVICE!r}, which torch does not know: use "cuda" or "cpu"'
+        ) from error
+    if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
+        raise ConfigError(
+            f"MODEL.PIXEL_MEAN has {len(model.PIXEL_MEAN)} numbers and MODEL.PIXEL_STD "
+            f"{len(model.PIXEL_STD)}: give one for each channel of INPUT.FORMAT {cfg.INPUT.FORMAT}"
+        )
+    if not -1 <= model.BACKBONE.FREEZE_AT <= 5:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {model.BACKBONE.FREEZE_AT}: use 0 for none, up to 5 for all "
+            "stages of a ResNet"
+        )
+    for key, widths in WIDTHS.items():
+        if get(cfg, key) == "GN" and _is_used(cfg, key):
+            for name in widths:
+                if get(cfg, f"MODEL.{name}") % GROUPS:
+                    raise ConfigError(
+                        f"MODEL.{name} is {get(cfg, f'MODEL.{name}')}, which {GROUPS} does not divide, "
+                        f'but {key} "GN" makes {GROUPS} groups: use a multiple of {GROUPS}, or another '
+                        "norm"
+                    )
+    if _is_used(cfg, "MODEL.ANCHOR_GENERATOR.SIZES"):
+        _check_anchors(cfg)
+    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ConfigError(
+            f"TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN "
+            f"only, not for MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}: set it to False"
+        )
+
+
+def _check_anchors(cfg):
+    """A list of sizes or ratios holds for all feature maps, or there is one for each of them."""
+    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "RPN"
+    features = cfg.MODEL[node].IN_FEATURES
+    for name in ("SIZES", "ASPECT_RATIOS"):
+        key, value = f"MODEL.ANCHOR_GENERATOR.{name}", cfg.MODEL.ANCHOR_GENERATOR[name]
+        nested = all(isinstance(item, Sequence) for item in value)
+        if not value or (nested and not all(value)):
+            raise ConfigError(f"{key} is {_shown(value)}: give at least one number for each level")
+        if nested and len(value) not in (1, len(features)):
+            raise ConfigError(
+                f"{key} has {len(value)} lists for the {len(features)} feature maps of "
+                f"MODEL.{node}.IN_FEATURES ({', '.join(features)}): give one list, or one for each"
+            )
+
+
+def _check_schedule(cfg):
+    solver = cfg.SOLVER
+    if list(solver.STEPS) != sorted(set(solver.STEPS)):
+        raise ConfigError(f"SOLVER.STEPS is {_shown(solver.STEPS)}: give rising iterations")
+    world = solver.REFERENCE_WORLD_SIZE
+    if world and solver.IMS_PER_BATCH % world:
+        raise ConfigError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {world}, which does not divide SOLVER.IMS_PER_BATCH "
+            f"{solver.IMS_PER_BATCH}: give the number of processes that the config was written for, "
+            "or 0"
+        )
+    if solver.WARMUP_ITERS > solver.MAX_ITER:
+        _logger.warning(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, more than SOLVER.MAX_ITER "
+            f"{solver.MAX_ITER}: the learning rate never reaches SOLVER.BASE_LR"
+        )
+    norms = set(_norms(cfg))
+    if "MABN" not in norms and not cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_"):
+        return
+    for key, what in (
+        ("WARMUP_ITERS", "the moving averages are never used"),
+        ("CLIP_START", "r stays 1, so the moving averages of the forward are never used"),
+    ):
+        value = cfg.MODEL.MABN[key]
+        if value >= solver.MAX_ITER:
+            _logger.warning(
+                f"MODEL.MABN.{key} is {value} and SOLVER.MAX_ITER {solver.MAX_ITER}: {what}; scale it "
+                "with the length of the training"
+            )
+            break
+
+
+def _norms(node: CfgNode) -> Iterator[str]:
+    for value in node.values():
+        if isinstance(value, CfgNode):
+            if value.get("NORM") in NORMS:
+                yield value.NORM
+            yield from _norms(value)
+
+
+def _is_used(cfg, key):
+    """Return whether the model of a config reads a key, as far as that is known here."""
+    model = cfg.MODEL
+    resnet, retinanet = "resnet" in model.BACKBONE.NAME, model.META_ARCHITECTURE == "RetinaNet"
+    has_rois = "RCNN" in model.META_ARCHITECTURE or model.META_ARCHITECTURE == "PanopticFPN"
+    fpn = "fpn" in model.BACKBONE.NAME
+    rules = {
+        "MODEL.RESNETS.": resnet,
+        "MODEL.FPN.": fpn,
+        "MODEL.RETINANET.": retinanet,
+        "MODEL.ROI_BOX_HEAD.NORM": has_rois and model.ROI_BOX_HEAD.NUM_CONV > 0,
+        "MODEL.ROI_MASK_HEAD.": has_rois and model.MASK_ON,
+        "MODEL.ROI_KEYPOINT_HEAD.": has_rois and model.KEYPOINT_ON,
+        "MODEL.SEM_SEG_HEAD.": model.META_ARCHITECTURE in ("SemanticSegmentor", "PanopticFPN"),
+        "MODEL.ANCHOR_GENERATOR.": retinanet
+        or (has_rois and model.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN")),
+        "SOLVER.CLIP_GRADIENTS.": cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
+        "INPUT.CROP.": cfg.INPUT.CROP.ENABLED,
+    }
+    return all(used for prefix, used in rules.items() if key.startswith(prefix))
+
+
+def get(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a dotted key, or None: versions of Detectron2 differ in their keys."""
+    for name in key.split("."):
+        cfg = cfg.get(name) if isinstance(cfg, CfgNode) else None
+    return cfg
+
+
+def _numbers(value):
+    """Yield the numbers in a value, a list or nested lists; None is no number."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif value is not None:
+        yield value
+
+
+def _in_range(x, words):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and RANGES[words](x)
+
+
+def _shown(value):
+    return list(value) if isinstance(value, tuple) else repr(value)
+
+
+def _what(value, words):
+    if isinstance(value, (list, tuple)):
+        return f"numbers, each {words}"
+    return words if words.startswith("a ") else f"a number {words}"

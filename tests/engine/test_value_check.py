@@ -1,0 +1,157 @@
+"""Typos and numbers out of range, in keys that Detectron2 looks up late: one line before anything."""
+
+import logging
+
+import pytest
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+
+from mabn_d2 import add_mabn_config
+from mabn_d2.engine import ConfigError, Trainer, check_config
+from mabn_d2.engine.model_check import build_without_data
+from mabn_d2.engine.value_check import check_values
+from paths import ROOT
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.META_ARCHITECTURE", "GeneralisedRCNN", "did you mean GeneralizedRCNN"),
+        ("MODEL.BACKBONE.NAME", "build_mabn_resnet_fpn", "did you mean build_mabn_resnet_fpn_back"),
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "RPM", "did you mean RPN"),
+        ("MODEL.RPN.HEAD_NAME", "StandardRPN", "did you mean StandardRPNHead"),
+        ("MODEL.ROI_HEADS.NAME", "StandardRoIHeads", "did you mean StandardROIHeads"),
+        ("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFChead", "did you mean FastRCNNConvFCHead"),
+        (
+            "MODEL.ROI_MASK_HEAD.NAME",
+            "x",
+            "MODEL.ROI_MASK_HEAD.NAME is 'x', which is not registered",
+        ),
+        ("MODEL.ANCHOR_GENERATOR.NAME", "Default", "DefaultAnchorGenerator"),
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosine", "did you mean WarmupCosineLR"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "ful_model", "did you mean full_model"),
+        ("SOLVER.WARMUP_METHOD", "cosine", "linear, constant"),
+        ("MODEL.RESNETS.DEPTH", 51, "MODEL.RESNETS.DEPTH is 51.*50, 101"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[-32]], "each above 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]], "has 2 lists for the 5 feature maps"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[]], "at least one number"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "RoIAlign", "did you mean ROIAlign"),
+        ("INPUT.FORMAT", "bgr", "INPUT.FORMAT is 'bgr'"),
+        ("INPUT.MASK_FORMAT", "polygons", "did you mean polygon"),
+        ("SOLVER.BASE_LR", 0.0, "SOLVER.BASE_LR is 0.0: give a number above 0"),
+        ("SOLVER.BASE_LR", float("nan"), "SOLVER.BASE_LR is nan"),
+        ("SOLVER.WEIGHT_DECAY", -1.0, "SOLVER.WEIGHT_DECAY is -1.0: give a number at least 0"),
+        ("SOLVER.MAX_ITER", 0, "SOLVER.MAX_ITER is 0: give a whole number above 0"),
+        ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD is 0"),
+        ("SOLVER.STEPS", (300, 200), "rising iterations"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", 3, "does not divide SOLVER.IMS_PER_BATCH 2"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", -1, "REFERENCE_WORLD_SIZE is -1"),
+        ("TEST.EVAL_PERIOD", -5, "TEST.EVAL_PERIOD is -5"),
+        ("MODEL.BACKBONE.FREEZE_AT", 7, "FREEZE_AT is 7"),
+        ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0], "PIXEL_STD"),
+        ("MODEL.PIXEL_MEAN", [1.0], "PIXEL_MEAN has 1 numbers"),
+        ("MODEL.RPN.NMS_THRESH", 70.0, "between 0 and 1"),
+        ("MODEL.DEVICE", "cdua", "MODEL.DEVICE is 'cdua'"),
+        ("DATALOADER.NUM_WORKERS", -2, "NUM_WORKERS is -2"),
+        ("DATASETS.TRAIN", ("small_scenes_trian",), "did you mean small_scenes_train"),
+    ],
+)
+def test_wrong_values(digits_cfg, key, value, message):
+    digits_cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    digits_cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=message) as error:
+        check_config(digits_cfg)
+    assert "\n" not in str(error.value) and key.rpartition(".")[0] in str(error.value)
+
+
+def test_a_script_of_ones_own_gets_the_same_line(digits_cfg):
+    digits_cfg.SOLVER.LR_SCHEDULER_NAME = "Cosine"
+    with pytest.raises(ConfigError, match="SOLVER.LR_SCHEDULER_NAME is 'Cosine'"):
+        Trainer(digits_cfg)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.FPN.OUT_CHANNELS", 48, "MODEL.FPN.OUT_CHANNELS is 48, which 32 does not divide"),
+        ("MODEL.ROI_MASK_HEAD.CONV_DIM", 20, "MODEL.ROI_MASK_HEAD.CONV_DIM is 20"),
+        ("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.STEM_OUT_CHANNELS is 8"),
+    ],
+)
+def test_widths_of_group_norm(digits_cfg, key, value, message):
+    widths = ["MODEL.FPN.OUT_CHANNELS", "MODEL.ROI_BOX_HEAD.CONV_DIM", "MODEL.ROI_MASK_HEAD.CONV_DIM",
+              "MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"]  # fmt: skip
+    for name in widths:
+        digits_cfg.merge_from_list([name, 32])
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "GN"
+    check_config(digits_cfg)
+    digits_cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=message):
+        check_config(digits_cfg)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.RPN.IN_FEATURES", ["p2", "p9"], r"MODEL.RPN.IN_FEATURES has 'p9'"),
+        ("MODEL.RESNETS.OUT_FEATURES", ["res9"], "can't be built"),
+        ("MODEL.RESNETS.NUM_GROUPS", 3, "can't be built"),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", 0, None),
+    ],
+)
+def test_what_only_building_shows(digits_cfg, key, value, message):
+    digits_cfg.merge_from_list([key, value])
+    if message is None:
+        assert build_without_data(digits_cfg) is not None
+        return
+    with pytest.raises(ConfigError, match=message) as error:
+        build_without_data(digits_cfg)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("warmup, start, said", [
+    (10, 10, "MODEL.MABN.WARMUP_ITERS is 10 and SOLVER.MAX_ITER 10"),
+    (5, 10, "MODEL.MABN.CLIP_START is 10 and SOLVER.MAX_ITER 10"),
+    (5, 9, ""),
+])  # fmt: skip
+def test_averages_that_never_start(digits_cfg, caplog, warmup, start, said):
+    digits_cfg.SOLVER.MAX_ITER = 10
+    digits_cfg.MODEL.MABN.WARMUP_ITERS, digits_cfg.MODEL.MABN.CLIP_START = warmup, start
+    caplog.set_level(logging.WARNING)
+    check_values(digits_cfg)
+    lines = [r.getMessage() for r in caplog.records if "MODEL.MABN" in r.getMessage()]
+    assert len(lines) == bool(said) and said in " ".join(lines)
+    caplog.clear()
+    check_values(digits_cfg, train=False)
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "GN"
+        digits_cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = digits_cfg.MODEL.FPN.OUT_CHANNELS = 32
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("zoo", [
+    "COCO-Detection/retinanet_R_50_FPN_1x", "COCO-Detection/faster_rcnn_R_50_C4_1x",
+    "COCO-Detection/rpn_R_50_FPN_1x", "COCO-Detection/fast_rcnn_R_50_FPN_1x",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x", "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x", "Misc/mask_rcnn_R_50_FPN_3x_gn", "Misc/semantic_R_50_FPN_1x",
+    "Cityscapes/mask_rcnn_R_50_FPN", "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    "Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5", "PascalVOC-Detection/faster_rcnn_R_50_C4",
+])  # fmt: skip
+def test_the_model_zoo_passes(zoo):
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(f"{zoo}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    check_values(cfg)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
+def test_our_configs_pass(path):
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    cfg.merge_from_file(str(path))
+    if cfg.SOLVER.MAX_ITER < 0 or cfg.SOLVER.BASE_LR < 0:  # follows from the images
+        cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 1000, 0.01, 10
+        cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD = (), 0, 100
+    check_values(cfg)
