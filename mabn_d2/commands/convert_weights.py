@@ -24,7 +24,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for command, help in helps.items():
         sub = commands.add_parser(command, help=help, description=help)
         if command == "fold":
-            sub.add_argument("--config-file", required=True, metavar="FILE", help="the detector's")
+            sub.add_argument(
+                "--config-file", metavar="FILE", help="the detector's; default: that in the file"
+            )
             sub.add_argument("--into", choices=INTO, default=INTO[0], help="default: %(default)s")
         else:
             sub.add_argument(

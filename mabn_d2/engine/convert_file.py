@@ -14,6 +14,7 @@ from ..checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from ..checkpoint.description import CLASSES, CONFIG, classes_of, config_of
 from ..checkpoint.io import check_output
 from ..checkpoint.record import KEY
 from ..checkpoint.stock_detector import changed, fold_detector, load_whole
@@ -68,15 +69,25 @@ def convert(args: Namespace, checkpoint: dict) -> dict:
 
 def fold(args: Namespace, checkpoint: dict) -> dict:
     """Return the folded checkpoint; print the config that stock Detectron2 loads it with."""
+    source = args.config_file or args.input
     try:
-        cfg = read_config(str(args.config_file))
+        cfg = read_config(args.config_file) if args.config_file else config_of(checkpoint)
+        if cfg is None:
+            raise CheckpointError(f"{source} holds no config: add --config-file FILE")
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, AssertionError) as error:
         text = " ".join(str(error).split())
-        raise CheckpointError(f"no model from {args.config_file}: {text}") from error
+        raise CheckpointError(f"no model from {source}: {text}") from error
     model = load_whole(model, checkpoint)
     model, stock = fold_detector(model, cfg, args.into)
     stock.MODEL.WEIGHTS = str(args.output)
     print(CfgNode(changed(stock, get_cfg())).dump(), end="")
-    return {"model": dict(model.state_dict()), "__author__": "mabn_d2"}
+    described = {CONFIG: stock.dump(), CLASSES: classes_of(checkpoint)}
+    return {
+        "model": dict(model.state_dict()),
+        "__author__": "mabn_d2",
+        **{key: value for key, value in described.items() if value is not None},
+    }

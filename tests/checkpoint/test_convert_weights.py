@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
+from mabn_d2 import load_predictor
 from mabn_d2.checkpoint import read_checkpoint, write_checkpoint
 from mabn_d2.modeling.norm import build_model
 from maskrcnn_benchmark import published_state
@@ -53,14 +54,17 @@ def run(*arguments):
 def test_fold_then_stock_detectron2(into, tmp_path):
     cfg = narrow_cfg()
     model = randomized(build_model(cfg))
-    write_checkpoint({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    # The config comes from the file, or from the checkpoint.
     (tmp_path / "config.yaml").write_text(cfg.dump())
+    classes = [{"id": i + 1, "name": f"digit {i}"} for i in range(10)]
+    described = {"config": cfg.dump(), "classes": classes} if into == "conv" else {}
+    given = [] if described else ["--config-file", tmp_path / "config.yaml"]
+    write_checkpoint({"model": model.state_dict(), **described}, tmp_path / "model_final.pth")
     folded, stock_config = tmp_path / "folded.pth", tmp_path / "stock.yaml"
     done = run(
         SCRIPT,
         "fold",
-        "--config-file",
-        tmp_path / "config.yaml",
+        *given,
         "--into",
         into,
         tmp_path / "model_final.pth",
@@ -74,6 +78,12 @@ def test_fold_then_stock_detectron2(into, tmp_path):
     outputs = torch.load(tmp_path / "out.pt", weights_only=False)
     with torch.no_grad():
         assert_same_instances(model(scenes()), outputs, rtol=1e-5 if into == "frozen_bn" else 1e-4)
+    # The folded file holds the stock config, and the classes if they are known.
+    predictor = load_predictor(folded, "cpu", 0.1)
+    assert predictor.class_names == (
+        [c["name"] for c in classes] if described else [f"class {i + 1}" for i in range(10)]
+    )
+    assert len(predictor(scenes()[0]["image"].permute(1, 2, 0).numpy()))
 
 
 @pytest.fixture
@@ -120,6 +130,7 @@ def test_errors_write_nothing(main, tmp_path):
         (("imagenet", tmp_path / "missing.pth", tmp_path / "a.pth"), "No such file"),
         (("detector", source, tmp_path / "a.pth"), "entries that no rule knows"),
         ((*fold, tmp_path / "c.yaml", source, tmp_path / "a.pth"), "c.yaml"),
+        (("fold", source, tmp_path / "a.pth"), "holds no config: add --config-file"),
         ((*fold, SCRIPT, source, tmp_path / "a.pth"), "--config-file"),
     ):
         with pytest.raises(SystemExit, match="^convert_weights.py: ") as exit:
