@@ -61,26 +61,28 @@ class DatasetReader:
 
     def _read_coco(self, name, key, function, json_file, root, evaluation):
         wanted = self.wanted
+        # For messages: `json_file` may be a copy that the user does not know.
+        source = MetadataCatalog.get(name).get("source_file", json_file)
         _check_files(name, key, root, evaluation)
         content = self._parsed.pop(json_file, None) or read_json(json_file)
         masks = wanted.masks.value or (wanted.reads_masks and not evaluation)
-        found = inspect(content, json_file, root, masks=masks, evaluation=evaluation)
+        found = inspect(content, source, root, masks=masks, evaluation=evaluation)
         edits, notes = list(found.edits), list(found.notes)
         if evaluation:
-            refuse(found.problems, json_file, "as an evaluation leaves nothing out")
+            refuse(found.problems, source, "as an evaluation leaves nothing out")
         elif wanted.skip:
             edits += [Edit(problem.key, problem.position, None) for problem in found.problems]
             notes += problems_by_kind(found.problems)
         else:
-            refuse(found.problems, json_file, 'or set DATALOADER.BAD_INPUT to "skip"')
-        self.notes += [f"{name} ({json_file}): {note}" for note in notes]
+            refuse(found.problems, source, 'or set DATALOADER.BAD_INPUT to "skip"')
+        self.notes += [f"{name} ({source}): {note}" for note in notes]
         _check_names(name, key, found.summary)
         if evaluation and not edits and json_file in _json_files(wanted.train.value or ()):
             self._parsed[json_file] = content
         apply_edits(content, edits)
         if not content["images"]:
             why = f": the first is left out because {found.problems[0]}" if found.problems else ""
-            raise BadAnnotationError(f"{json_file} ({key} {name!r}) has no image{why}: add images")
+            raise BadAnnotationError(f"{source} ({key} {name!r}) has no image{why}: add images")
         found.summary.images = len(content["images"])
         self.summaries[name] = found.summary
         return CheckedDataset(function, CheckedFile(json_file, edits, content))

@@ -13,7 +13,7 @@ from exports import NAMES, edit, write_export
 from mabn_d2.checkpoint import read_checkpoint
 from mabn_d2.checkpoint.description import classes_of, config_of
 from mabn_d2.data.coco_check import BadAnnotationError
-from mabn_d2.engine import ConfigError, Trainer, setup_config, use_folder
+from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config, use_folder
 from mabn_d2.engine.own_data import log_folder
 from paths import ROOT
 
@@ -265,6 +265,19 @@ def test_trainer_reads_the_folder_itself(exports, digits_cfg):
     digits_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 7
     with pytest.raises(ConfigError, match="NUM_CLASSES is 7"):
         Trainer(digits_cfg)
+
+
+def test_faults_name_the_file_of_the_user(exports, tmp_path):
+    """Not the copy that Detectron2 reads; a fault of what is held out too."""
+    for annotation in (0, -1):
+        folder = shutil.copytree(exports("json"), tmp_path / f"faulty{annotation}")
+        edit(
+            folder / "labels.json",
+            lambda c: c["annotations"][annotation].update(bbox=[1, 2, -3, 4]),
+        )  # noqa: B023
+        cfg = setup_config(args(tmp_path, data=folder))
+        with pytest.raises(BadAnnotationError, match=f"^{folder}/labels.json: annotation"):
+            check_data(cfg)
 
 
 def test_script_of_ones_own(exports, digits_cfg):

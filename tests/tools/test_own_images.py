@@ -69,7 +69,7 @@ def results(output):
         ("roboflow", "polygons", run_there),
         ("coco", "rle", run_here),
         ("cvat", "polygons", run_here),
-        ("label_studio", "polygons", run_here),
+        ("label_studio", "boxes", run_here),
         ("json", "rle", run_here),
         *(
             pytest.param(layout, masks, run_there, marks=pytest.mark.slow)
