@@ -66,7 +66,7 @@ def results(output):
 @pytest.mark.parametrize(
     "layout, masks, run_tool",
     [
-        ("roboflow", "polygons", run_there),
+        ("roboflow", "polygons", run_here),
         ("coco", "rle", run_here),
         ("cvat", "polygons", run_here),
         ("label_studio", "boxes", run_here),
