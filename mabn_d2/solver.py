@@ -91,7 +91,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     name = solver.get("OPTIMIZER", "SGD")
     if name == "SGD":
         momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-        optimizer = torch.optim.SGD(groups, lr=solver.BASE_LR, foreach=True, **momentum)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, lr=solver.BASE_LR, foreach=True, **momentum
+        )
     elif name == "ADAMW":
         optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, foreach=True)
     else:

@@ -78,6 +78,7 @@ def digits_cfg(small_scenes, tmp_path):
     add_mabn_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"))
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_any_norm_resnet_fpn_backbone"  # tests set other norms
     cfg.MODEL.RESNETS.DEPTH = 10
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
     cfg.MODEL.FPN.OUT_CHANNELS = 16

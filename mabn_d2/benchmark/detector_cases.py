@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..surgery.fold import fold_mabn
-from .layer_cases import DTYPES, Case, infer
+from .layer_cases import DTYPES, Case, Steps, infer
 from .norms import DETECTRON2_NORMS
 
 OBJECTS = 128  # in an image of a training step: the most that Detectron2's heads take
@@ -35,7 +35,7 @@ def detector_cases(args: Namespace) -> Iterator[Case]:
     images = [{"image": random_image(args.size)["image"]} for _ in range(args.batch)]
     for threads in args.threads:
         torch.set_num_threads(threads)
-        steps = {name: partial(infer, model, images) for name, model in models.items()}
+        steps: Steps = {name: partial(infer, model, images) for name, model in models.items()}
         shape = (args.batch, 3, args.size, args.size)
         yield {"threads": threads, "dtype": "fp32", "format": "nchw", "shape": shape}, steps
 
@@ -46,7 +46,7 @@ def step_cases(args: Namespace) -> Iterator[Case]:
         torch.set_num_threads(threads)
         images = [random_image(args.size) for _ in range(args.batch)]
         for dtype in args.dtype:
-            steps = {}
+            steps: Steps = {}
             for name in args.norms:
                 model = build_detector(DETECTRON2_NORMS[name], args.device, training=True)
                 optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)

@@ -22,7 +22,8 @@ R50_FPN = [
 ]  # fmt: skip
 
 # What is timed in one case: its description, and name of a norm -> function without arguments.
-Case = tuple[dict, dict[str, Callable[[], object]]]
+Steps = dict[str, Callable[[], object]]
+Case = tuple[dict, Steps]
 
 
 def layer_cases(args: Namespace) -> Iterator[Case]:
@@ -36,7 +37,7 @@ def layer_cases(args: Namespace) -> Iterator[Case]:
                     torch.randn(shape, **like).contiguous(memory_format=FORMATS[layout])
                     for _ in range(2)
                 )
-                steps = {}
+                steps: Steps = {}
                 for name in args.norms:
                     if name == "copy":
                         steps[name] = partial(torch.empty_like(dy).copy_, dy)
@@ -61,7 +62,7 @@ def inference_cases(args: Namespace) -> Iterator[Case]:
             like = {"dtype": DTYPES[dtype], "device": args.device}
             images = torch.randn(args.batch, 3, args.size, args.size, **like)
             images = images.contiguous(memory_format=FORMATS[layout])
-            steps = {}
+            steps: Steps = {}
             for name in args.norms:
                 net = torchvision.models.resnet50(norm_layer=NORMS[name]).eval()
                 steps[name] = partial(infer, net.to(**like, memory_format=FORMATS[layout]), images)

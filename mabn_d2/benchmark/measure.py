@@ -35,7 +35,7 @@ def _repeat(function, repeats):
 
 
 # name -> function that runs a function and returns how long it took, in seconds
-CLOCKS = {
+CLOCKS: dict[str, Callable[[Callable[[], object]], float]] = {
     "wall": partial(_host_seconds, time.perf_counter),
     "cpu": partial(_host_seconds, time.process_time),
     "cuda": _cuda_seconds,
@@ -71,7 +71,7 @@ def measure(
         seconds(function, 1)  # warm-up: allocations, kernel choices
         repeats[name] = max(1, round(round_seconds / seconds(function, 2)))
         on_timing()
-    times = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(seconds(function, repeats[name]))

@@ -1,6 +1,6 @@
 """The norms that are timed, and what each is compared with."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -53,7 +53,7 @@ class FormulaMABN2d(nn.Module):
 
 
 # name -> function that makes the layer from the number of channels
-NORMS = {
+NORMS: dict[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm2d,
     "bn_relu": lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)),
     "syncbn": nn.SyncBatchNorm,  # in one process: its cost without communication
@@ -65,15 +65,19 @@ NORMS = {
     "bn_split": partial(SplitBatchNorm2d, batch_size=2),
     "mabn_split": partial(MABN2d, split_batch=True),
     "formula": FormulaMABN2d,
-    "copy": None,  # Tensor.copy_ of one activation
 }
 # The same norms by their names in Detectron2's configs.
-DETECTRON2_NORMS = {"bn": "BN", "syncbn": "SyncBN", "gn": "GN", "ln": "LN"}
+DETECTRON2_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": "BN",
+    "syncbn": "SyncBN",
+    "gn": "GN",
+    "ln": "LN",
+}
 DETECTRON2_NORMS |= {name.lower(): name for name in norm_table.NORMS}
 DETECTORS = ("frozen_bn", "mabn", "mabn_folded", "mabn_folded_conv")
 # What `choose_norms` takes for each benchmark.
-KNOWN = {
-    "layer": NORMS,
+KNOWN: dict[str, Iterable[str]] = {
+    "layer": (*NORMS, "copy"),  # copy: Tensor.copy_ of one activation
     "inference": NORMS,
     "detector": DETECTORS,
     "step": DETECTRON2_NORMS,
@@ -105,8 +109,6 @@ def choose_norms(
         ValueError: if a norm is unknown or can't run on the device; it names those that can.
     """
     able = [name for name in known if name != "syncbn" or device == "cuda"]
-    if what != "layer":
-        able = [name for name in able if name != "copy"]
     asked = names.split(",")
     result = list(dict.fromkeys([*(baseline(name, what, chosen) for name in asked), *asked]))
     for name in result:

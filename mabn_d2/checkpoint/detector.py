@@ -105,7 +105,10 @@ def _config(state):
     fc = shape("roi_heads.box_head.fc1.weight")
     classes = shape("roi_heads.box_predictor.cls_score.weight")[0] - 1
     config = resnet_config(resnet) | {
-        "MODEL.BACKBONE.NAME": "build_any_norm_resnet_fpn_backbone",
+        # Only the second leaves the norms out of the FPN.
+        "MODEL.BACKBONE.NAME": "build_mabn_resnet_fpn_backbone"
+        if fpn_norm
+        else "build_any_norm_resnet_fpn_backbone",
         "MODEL.RESNETS.NORM": NORM,
         "MODEL.FPN.NORM": NORM if fpn_norm else "",
         "MODEL.FPN.OUT_CHANNELS": fpn_channels,

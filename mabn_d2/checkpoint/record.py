@@ -1,10 +1,12 @@
-"""What can't be seen in weights: recorded in the file as config keys, compared with the config."""
+"""Properties that weights do not show: recorded in the file as config keys, compared with the config."""
 
 import logging
 
 from .io import CheckpointError
 
 KEY = "mabn_d2"  # of the record in a checkpoint
+# With MABN in ResNet and FPN these build the same model. Older files name the second one.
+SAME_WITH_MABN = {"build_mabn_resnet_fpn_backbone", "build_any_norm_resnet_fpn_backbone"}
 
 
 def recorded(source, stride_in_1x1, channel_order, pixel_mean, pixel_std):
@@ -54,6 +56,8 @@ def differences(record, cfg):
         for name in key.split("."):
             node = node.get(name) if hasattr(node, "get") else None
         value = list(node) if isinstance(node, tuple) else node
+        if key == "MODEL.BACKBONE.NAME" and {value, trained} == SAME_WITH_MABN:
+            continue
         if node is not None and value != trained:
             lines.append(f"{key} is {value}, the weights were trained with {trained}")
     return lines

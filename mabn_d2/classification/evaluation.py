@@ -42,10 +42,10 @@ def evaluate(model: nn.Module, loader: Iterable, args: Namespace, device: torch.
         best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(device)[:, None]
         right1, right5 = right1 + best[:, 0].sum(), right5 + best.sum()
         count += len(labels)
-    right1, right5, count = reduce_sum([right1, right5, count], device)
-    bad = sum(comm.all_gather(bad), [])
+    sum1, sum5, total = reduce_sum([right1, right5, count], device)
+    bad = [path for paths in comm.all_gather(bad) for path in paths]
     model.train()
-    if not count:
+    if not total:
         raise ImagesError("no image of val/ can be read")
-    errors = {"top1_error": 100 * (1 - right1 / count), "top5_error": 100 * (1 - right5 / count)}
-    return {**errors, "images": int(count), "bad_images": len(bad), "bad_paths": bad}
+    errors = {"top1_error": 100 * (1 - sum1 / total), "top5_error": 100 * (1 - sum5 / total)}
+    return {**errors, "images": int(total), "bad_images": len(bad), "bad_paths": bad}

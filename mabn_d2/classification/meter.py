@@ -32,7 +32,8 @@ class Meter:
         """Start anew; the batches that were rejected in a row up to now go on being counted."""
         self.loss.zero_()
         self.rejected.zero_()
-        self.waited, self.loaded, self.iterations, self.bad_paths = 0.0, 0.0, 0, []
+        self.waited, self.loaded, self.iterations = 0.0, 0.0, 0
+        self.bad_paths: list[str] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -64,7 +65,7 @@ class Meter:
         seconds = time.perf_counter() - self.began
         count = self.iterations * self.images
         learned = (self.iterations - rejected) * self.world_size
-        bad = sum(comm.all_gather(self.bad_paths), [])
+        bad = [path for paths in comm.all_gather(self.bad_paths) for path in paths]
         entry = {
             "loss": loss / learned if learned else math.nan,
             "images_per_second": count / seconds,

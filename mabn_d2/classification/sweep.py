@@ -11,7 +11,7 @@ import time
 import zlib
 from argparse import Namespace
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -171,15 +171,18 @@ def train_missing(args: Namespace, rows: list[dict[str, str]], path: Path) -> li
         make_digit_crops(DIGITS_FOLDER)
     runs = missing_runs(args, rows, path)
     total = len(runs)
-    jobs = max(1, min(args.jobs or (1 if args.data else os.cpu_count()), total))
-    threads = max(1, os.cpu_count() // jobs) if jobs > 1 else 0
-    version, failed, futures, ended = commit(), [], {}, 0
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(args.jobs or (1 if args.data else cores), total))
+    threads = max(1, cores // jobs) if jobs > 1 else 0
+    version, ended = commit(), 0
+    failed: list[str] = []
+    futures: dict[Future, tuple] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         try:
             while runs or futures:
                 while runs and len(futures) < jobs:  # no more, so that none begins after a signal
                     run = runs.pop(0)
-                    futures[pool.submit(train, *run, threads, version)] = run
+                    futures[pool.submit(train, *run, threads=threads, commit=version)] = run
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     *_, norm, size, seed = futures.pop(future)
                     ended += 1

@@ -43,7 +43,7 @@ def table(rows: Rows) -> str:
     """Return the summary as Markdown."""
     found = summary(rows)
     sizes = sorted({size for points in found.values() for size in points if size})
-    lines = []
+    lines: list[list[str | None]] = []
     for norm, points in found.items():
         cells = {
             s: f"{mean:.1f}" + f" ± {std:.1f}" * (n > 1) for s, (mean, std, n) in points.items()
@@ -69,9 +69,9 @@ def draw(rows: Rows, path: Path, title: str) -> None:
         low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colours[norm], alpha=0.2)
     for norm in sorted({norm for norm, _ in PUBLISHED}):
-        points = sorted((size, error) for (n, size), error in PUBLISHED.items() if n == norm)
+        stars = sorted((size, error) for (n, size), error in PUBLISHED.items() if n == norm)
         label = f"{norm.upper()}, published: ImageNet, ResNet-50"
-        axes.plot(*zip(*points), "*", color=colours[norm], markeredgecolor="k", ms=12, label=label)
+        axes.plot(*zip(*stars), "*", color=colours[norm], markeredgecolor="k", ms=12, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="normalization batch (images)", ylabel="top-1 error (%)", title=title)

@@ -70,7 +70,8 @@ def train_classifier(args: Namespace) -> dict:
                 return test_only(args, processes, device)
             stop.before_train()
             # Both splits are checked before anything is built.
-            train, val = build_data(args)
+            train, val = build_train_data(args), build_val_data(args)
+            check_classes(train, val)
             model = build_model(args, len(val.classes), device)
             return Training(args, processes, device, model, train, val, stop).run()
         finally:
@@ -79,7 +80,7 @@ def train_classifier(args: Namespace) -> dict:
 
 def test_only(args: Namespace, processes: Processes, device: torch.device) -> dict:
     """Test the weights of --checkpoint; print and return the result."""
-    _, val = build_data(args)
+    val = build_val_data(args)
     model = build_model(args, len(val.classes), device)
     loader = build_val_loader(val, args.batch_size, args.workers, *processes)
     result = evaluate(model, loader, args, device)
@@ -88,17 +89,16 @@ def test_only(args: Namespace, processes: Processes, device: torch.device) -> di
     return result
 
 
-def build_data(args: Namespace) -> tuple[Images | None, Images]:
-    """Return the training images, None if they are only tested, and the test images."""
-    bad_train, bad_val = ("error", "error") if args.strict else ("next", "drop")
-    folder = Path(args.data)
-    val = Images(folder / "val", val_transform(args.crop, args.val_resize), bad_val)
-    if args.test_only:
-        return None, val
+def build_train_data(args: Namespace) -> Images:
+    """Return the training images."""
     transform = train_transform(args.crop, not args.no_augment)
-    train = Images(folder / "train", transform, bad_train)
-    check_classes(train, val)
-    return train, val
+    return Images(Path(args.data) / "train", transform, "error" if args.strict else "next")
+
+
+def build_val_data(args: Namespace) -> Images:
+    """Return the test images."""
+    transform = val_transform(args.crop, args.val_resize)
+    return Images(Path(args.data) / "val", transform, "error" if args.strict else "drop")
 
 
 def build_model(args: Namespace, num_classes: int, device: torch.device) -> nn.Module:
@@ -199,6 +199,7 @@ class Training:
                 bar.update()
                 self.after_step(iteration + 1, bar)
         self.log.close()
+        assert self.result is not None  # the last iteration is tested
         return self.result
 
     def load(self, batches, bar) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,9 +223,9 @@ class Training:
         loss = F.cross_entropy(scores.float(), labels, label_smoothing=self.args.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
-        norms = torch._foreach_norm([param.grad for param in self.params])
-        reject = ~torch.stack(norms).isfinite().all()
-        self.optimizer.found_inf = reject.float()
+        gradients = [param.grad for param in self.params if param.grad is not None]
+        reject = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        self.optimizer.found_inf = reject.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         return loss.detach(), reject
 

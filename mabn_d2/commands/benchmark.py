@@ -43,7 +43,7 @@ def choice(known: Iterable[str], text: str) -> str:
     return text
 
 
-def shapes(text: str) -> list[tuple[int, ...]]:
+def shapes(text: str) -> Sequence[tuple[int, ...]]:
     """Parse shapes such as 2x64x128x128,2x256x64x64."""
     if text == "r50_fpn":
         return R50_FPN

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
@@ -13,12 +14,12 @@ from .runs import METRICS
 
 NAMES = [f"{task} {ap}" for task, ap in METRICS]
 COLUMNS = [*NAMES, "s/iteration", "iterations", "device", "torch"]
-Results = Mapping[tuple[str, int], Mapping[str, float | str]]
+Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def write_runs(results: Results, path: Path) -> None:
     """Write a CSV file with one line for each run of {(row, seed): result}."""
-    lines = [["row", "seed", *COLUMNS]]
+    lines: list[list[object]] = [["row", "seed", *COLUMNS]]
     lines += [[*run, *(result[name] for name in COLUMNS)] for run, result in results.items()]
     with atomic_file(path) as file:
         file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())

@@ -108,8 +108,8 @@ def build_mabn_resnet_fpn_backbone(cfg, input_shape):
 def build_any_norm_resnet_fpn_backbone(cfg, input_shape):
     """Build what `build_mabn_resnet_fpn_backbone` builds under RESNETS.NORM and FPN.NORM, any norm.
 
-    What the configs use, so that a comparison changes one word: depths, widths and initial weights
-    are the same whatever the norm.
+    The baselines' configs use it, so that a comparison changes the norms only: depths, widths and
+    initial weights are the same for every norm.
     """
     resnet = _build_resnet(cfg, input_shape, cfg.MODEL.RESNETS.NORM)
     return _build_fpn(cfg, resnet, cfg.MODEL.FPN.NORM)
