@@ -1,5 +1,6 @@
 """The norm layers and the centred convolution. They need torch only."""
 
+from . import distributed  # noqa: F401 (registers its hook)
 from .batch_renorm import BatchRenorm2d
 from .cen_conv import CenConv2d, center_weight
 from .cen_conv_transpose import CenConvTranspose2d, center_transposed_weight

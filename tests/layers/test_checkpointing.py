@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mabn_d2.layers import CenConv2d, MABN2d
-from reference import assert_close
+from mabn_d2.surgery.convert import convert_mabn
+from reference import FORMATS, assert_close
 
 
 def make_net(device):
@@ -65,3 +68,86 @@ def test_rejects_once(device, use_reentrant):
         x[0, 0, 3, 3] += float("nan") if bad else 0
         step(net, [x.requires_grad_()], use_reentrant)
     assert net[1].rejected == 1 and net[1].iters == 2
+
+
+def step_of(run, dtype, images):
+    """Forward all images through `run`, then backward: return the outputs and the images' gradients."""
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in images]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        outputs = [run(x) for x in leaves]
+    # Not y.square(): its gradient in x is next to nothing.
+    sum((y.float() if y.dtype == torch.bfloat16 else y).sin().sum() for y in outputs).backward()
+    return [*outputs, *(x.grad for x in leaves)]
+
+
+RELU = {"fused": None, "module": nn.ReLU(), "in_place": nn.ReLU(inplace=True)}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("relu", RELU)
+@pytest.mark.parametrize("split_batch", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, "autocast"], ids=str
+)
+def test_every_dtype_backend_and_form(
+    operators, dtype, split_batch, relu, use_reentrant, memory_format
+):
+    """The same y, gradients and state as without checkpointing, in warm-up, window and clip phase."""
+    settings = {"simulated_batch_size": 6, "warmup_iters": 2, "clip_start": 4}
+    settings |= {"split_batch": split_batch}
+    middle = [MABN2d(4, **settings), RELU[relu]]
+    if relu == "fused":
+        middle = [MABN2d(4, **settings, activation="relu")]
+    net = nn.Sequential(CenConv2d(3, 4, 3), *middle, CenConv2d(4, 4, 3), MABN2d(4, **settings))
+    stored = torch.float32 if dtype == "autocast" else dtype
+    net.to(stored, memory_format=memory_format)
+    plain = copy.deepcopy(net)
+    # Reentrant checkpointing counts a forward in its backward, so levels would count in reverse.
+    levels = 1 if use_reentrant else 2
+    for _ in range(6):
+        images = [
+            torch.randn(4, 3, 7, 6 + k, dtype=stored).contiguous(memory_format=memory_format)
+            for k in range(levels)
+        ]
+        net.zero_grad()
+        plain.zero_grad()
+        found = step_of(lambda x: checkpoint(net, x, use_reentrant=use_reentrant), dtype, images)
+        wanted = step_of(plain, dtype, images)
+        tolerance = torch.float64 if dtype == torch.float64 else torch.float32
+        if dtype in (torch.bfloat16, "autocast"):
+            tolerance = torch.bfloat16
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype
+            assert_close(a, b, tolerance)
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            assert_close(a.grad, b.grad, tolerance)
+        for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+            assert_close(
+                a,
+                b,
+                torch.promote_types(a.dtype, torch.float32)
+                if a.is_floating_point()
+                else torch.float64,
+            )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_a_converted_network(operators, split_batch, dtype, use_reentrant):
+    net = torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=3, dropout=0.0)
+    settings = {"simulated_batch_size": 4, "warmup_iters": 1, "clip_start": 1}
+    convert_mabn(net, split_batch=split_batch, **settings)
+    net.to(dtype)
+    plain = copy.deepcopy(net)
+    for _ in range(3):
+        x = torch.randn(3, 3, 64, 64, dtype=dtype)
+        found = step_of(
+            lambda x: checkpoint(net.features, x, use_reentrant=use_reentrant), dtype, [x]
+        )
+        wanted = step_of(plain.features, dtype, [x])
+        for a, b in zip(found, wanted, strict=True):
+            assert_close(a, b, dtype, factor=100)
+    for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+        assert_close(a, b, torch.float32, factor=100)

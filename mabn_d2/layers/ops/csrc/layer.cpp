@@ -119,7 +119,10 @@ void block_sums(const T* dy, const T* x, const Layout& layout, const Groups& gro
 std::tuple<Tensor, Tensor> group_sums(const Tensor& dy, const Tensor& x, const Layout& layout,
                                       const Groups& groups, const OptionalTensor& scale,
                                       const OptionalTensor& shift) {
-  if (groups.count == 1) return product_sums(dy, x, false, scale, shift);
+  if (groups.count == 1) {  // the one row is for all images
+    const OptionalTensor factors = scale ? OptionalTensor(scale->flatten()) : std::nullopt;
+    return product_sums(dy, x, false, factors, shift);
+  }
   OptionalTensor scales = scale;
   if (scale && groups.size > 1) {  // a row for each image
     scales = scale->repeat_interleave(groups.size, 0).narrow(0, 0, layout.images).contiguous();
@@ -211,8 +214,8 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
       next[c] = running[c] + new_share * (next[c] - running[c]);
     }
     for (int64_t k = 0; k < size; k += channels) {
-      choose_factors(var + k, starts ? next : running, w, eps, renorms, limit, shifted + k, r + k,
-                     r_std + k, scale + k, begin, end);
+      choose_r(var + k, starts ? next : running, eps, renorms, limit, r + k, begin, end);
+      choose_scales(var + k, r + k, w, eps, shifted + k, r_std + k, scale + k, begin, end);
     }
   };
   const auto average = [&](int64_t begin, int64_t end) {
@@ -276,8 +279,17 @@ Normalized normalize_given(const Tensor& x, const Tensor& weight, const Tensor& 
                            const Tensor& var, const Tensor& r, const Tensor& slot,
                            const Tensor& use_batch_stats, double eps, bool relu,
                            int64_t batch_size) {
-  const Groups groups(Layout(x), batch_size);
-  const Tensor shifted = var.add(eps), r_std = r.div(shifted.sqrt()), scale = r_std.mul(weight);
+  const Layout layout(x);
+  const Groups groups(layout, batch_size);
+  const int64_t channels = layout.channels, size = groups.count * channels;
+  for (const Tensor& vector : {var, r}) check_vector(vector, size);
+  for (const Tensor& vector : {weight, bias}) check_vector(vector, channels);
+  const Tensor shifted = at::empty_like(var), r_std = at::empty_like(var),
+               scale = at::empty_like(var);
+  for (int64_t k = 0; k < size; k += channels) {
+    choose_scales(floats(var) + k, floats(r) + k, floats(weight), float(eps), floats(shifted) + k,
+                  floats(r_std) + k, floats(scale) + k, 0, channels);
+  }
   const Tensor y = affine_of_groups(x, scale, bias, relu, groups.size);
   return {y, {}, var, r, slot, use_batch_stats, {}, shifted, r_std, scale};
 }
@@ -428,9 +440,10 @@ struct MABN : torch::autograd::Function<MABN> {
     Variables results(7);
     const Tensor& dy = gradients[0];
     if (!dy.defined()) return results;
+    // Outside of the guard: to get them, activation checkpointing runs forwards again.
+    const Variables saved = context->get_saved_variables();
     {
       const at::AutoDispatchBelowADInplaceOrView guard;
-      const Variables saved = context->get_saved_variables();
       const OptionalTensor shift = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
       std::tie(results[0], results[1], results[2]) = normalize_backward(
           dense_like(dy, saved[0]), saved[0], saved[1], shift, saved[3], saved[4],

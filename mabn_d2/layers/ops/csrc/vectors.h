@@ -24,21 +24,23 @@ MABN_CLONES inline void mean_of_rows(const float* data, int64_t length, int64_t 
   divide(out, float(length), begin, end);
 }
 
-// var + eps, r (functional.py's `renorm`, or 1), r / sqrt(var + eps), and weight times that.
-MABN_CLONES inline void choose_factors(const float* var, const float* running, const float* weight,
-                                       float eps, bool renorms, float limit, float* __restrict shifted,
-                                       float* __restrict r, float* __restrict r_std,
-                                       float* __restrict scale, int64_t begin, int64_t end) {
+// r: `renorm` in functional.py, or 1.
+MABN_CLONES inline void choose_r(const float* var, const float* running, float eps, bool renorms,
+                                 float limit, float* __restrict r, int64_t begin, int64_t end) {
   const float low = 1 / limit;
-  for (int64_t c = begin; c < end; ++c) {
-    shifted[c] = var[c] + eps;
-    r[c] = 1;
-  }
+  for (int64_t c = begin; c < end; ++c) r[c] = 1;
   for (int64_t c = begin; renorms && c < end; ++c) {
-    const float ratio = std::sqrt(shifted[c] / (running[c] + eps));
+    const float ratio = std::sqrt((var[c] + eps) / (running[c] + eps));
     r[c] = ratio < low ? low : ratio > limit ? limit : ratio;  // NaN passes, as in torch's clamp
   }
+}
+
+// `scales` in functional.py: var + eps, r / sqrt(var + eps), and weight times that.
+MABN_CLONES inline void choose_scales(const float* var, const float* r, const float* weight, float eps,
+                                      float* __restrict shifted, float* __restrict r_std,
+                                      float* __restrict scale, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
+    shifted[c] = var[c] + eps;
     r_std[c] = r[c] / std::sqrt(shifted[c]);
     scale[c] = r_std[c] * weight[c];
   }
