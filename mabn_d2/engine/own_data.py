@@ -140,6 +140,7 @@ def use_folder_for(
 
     An evaluation is of the images that were held out, if the checkpoint was trained on this folder
     or DATASETS.TEST names them; otherwise of the folder's own part to validate on, or of all images.
+    Masks are evaluated if the checkpoint's model and the folder have them.
 
     Args:
         resume: the run goes on from the last checkpoint in OUTPUT_DIR, if there is one.
@@ -161,6 +162,8 @@ def use_folder_for(
             bool(folder and os.path.realpath(folder) == path)
             or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
         )
+        if trained_with and not trained_with.MODEL.MASK_ON and "MODEL.MASK_ON" not in given:
+            cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
     return use_folder(cfg, given, classes and [c["name"] for c in classes], hold_out, alone)
 
 

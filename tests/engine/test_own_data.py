@@ -12,6 +12,7 @@ from detectron2.engine import default_argument_parser
 from exports import NAMES, edit, write_export
 from mabn_d2.checkpoint import read_checkpoint
 from mabn_d2.checkpoint.description import classes_of, config_of
+from mabn_d2.commands.train_net import run
 from mabn_d2.data.coco_check import BadAnnotationError
 from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config, use_folder
 from mabn_d2.engine.own_data import log_folder
@@ -240,6 +241,18 @@ def test_evaluation_orders_classes_as_the_checkpoint_does(exports, trained, tmp_
         evaluated(tmp_path, trained, folder)
 
 
+@pytest.mark.parametrize("masks, other", [("polygons", "boxes"), ("boxes", "rle")])
+def test_evaluation_where_only_one_has_masks(exports, tmp_path, masks, other):
+    """The model or the folder: boxes are evaluated."""
+    trainer = Trainer(setup_config(args(tmp_path, data=exports("coco", masks))))
+    trainer.checkpointer.save("model_final")
+    weights = trainer.cfg.OUTPUT_DIR + "/model_final.pth"
+    results = run(
+        args(tmp_path, "--eval-only", "MODEL.WEIGHTS", weights, data=exports("coco", other))
+    )
+    assert results.keys() == {"bbox"}
+
+
 def test_resumed_run_keeps_its_classes(exports, trained, tmp_path):
     folder = shutil.copytree(exports("json"), tmp_path / "grown")
     edit(folder / "labels.json", lambda c: c["categories"].reverse())
@@ -267,17 +280,14 @@ def test_trainer_reads_the_folder_itself(exports, digits_cfg):
         Trainer(digits_cfg)
 
 
-def test_faults_name_the_file_of_the_user(exports, tmp_path):
+@pytest.mark.parametrize("annotation", [0, -1])
+def test_faults_name_the_file_of_the_user(exports, tmp_path, annotation):
     """Not the copy that Detectron2 reads; a fault of what is held out too."""
-    for annotation in (0, -1):
-        folder = shutil.copytree(exports("json"), tmp_path / f"faulty{annotation}")
-        edit(
-            folder / "labels.json",
-            lambda c: c["annotations"][annotation].update(bbox=[1, 2, -3, 4]),
-        )  # noqa: B023
-        cfg = setup_config(args(tmp_path, data=folder))
-        with pytest.raises(BadAnnotationError, match=f"^{folder}/labels.json: annotation"):
-            check_data(cfg)
+    folder = shutil.copytree(exports("json"), tmp_path / "faulty")
+    edit(folder / "labels.json", lambda c: c["annotations"][annotation].update(bbox=[1, 2, -3, 4]))
+    cfg = setup_config(args(tmp_path, data=folder))
+    with pytest.raises(BadAnnotationError, match=f"^{folder}/labels.json: annotation"):
+        check_data(cfg)
 
 
 def test_script_of_ones_own(exports, digits_cfg):
