@@ -67,7 +67,7 @@ class Trainer(DefaultTrainer):
         finalize_schedule(cfg)
         check_values(cfg)
         log_schedule(cfg)
-        with build_errors(cfg):
+        with build_errors(cfg.MODEL):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
