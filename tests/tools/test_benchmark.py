@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mabn_d2.benchmark import measure
-from mabn_d2.benchmark.norms import FormulaMABN2d
 from mabn_d2.benchmark.run import run_benchmark
 from mabn_d2.commands.benchmark import parse_args
 from mabn_d2.layers import MABN2d
+from mabn_d2.layers.naive import NaiveMABN2d
 from reference import assert_close
 
 FAST = ["--rounds", "2", "--round-seconds", "0", "--threads", "1"]
@@ -100,7 +100,7 @@ def test_memory_peak():
 
 def test_formula_is_the_layer():
     """The rival that the layer's speed is measured against computes the same."""
-    nets = MABN2d(3, clip_start=102), FormulaMABN2d(3, clip_start=102)
+    nets = MABN2d(3, clip_start=102), NaiveMABN2d(3, clip_start=102)
     for _ in range(106):
         x, dy = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
         grads = []
