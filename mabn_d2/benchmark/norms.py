@@ -32,12 +32,14 @@ DETECTRON2_NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 DETECTRON2_NORMS |= {name.lower(): name for name in norm_table.NORMS}
 DETECTORS = ("frozen_bn", "mabn", "mabn_folded", "mabn_folded_conv")
+STEPS = ("micro", "accumulated", "at_once")
 # What `choose_norms` takes for each benchmark.
 KNOWN: dict[str, Iterable[str]] = {
     "layer": (*NORMS, "copy"),  # copy: Tensor.copy_ of one activation
     "inference": NORMS,
     "detector": DETECTORS,
     "step": DETECTRON2_NORMS,
+    "accumulation": STEPS,
 }
 
 
@@ -45,8 +47,8 @@ def baseline(norm: str, what: str, chosen: str | None = None) -> str:
     """Return the norm that a norm is compared with in a benchmark."""
     if chosen:
         return chosen
-    if what == "detector":
-        return "frozen_bn"
+    if what in ("detector", "accumulation"):
+        return KNOWN[what][0]
     return "bn_relu" if norm.endswith("_relu") else "bn"
 
 
