@@ -13,7 +13,7 @@ from torch import nn
 
 from ..surgery.fold import fold_mabn
 from .layer_cases import DTYPES, Case, Steps, infer
-from .norms import DETECTRON2_NORMS
+from .norms import detectron2_norms
 
 OBJECTS = 128  # in an image of a training step: the most that Detectron2's heads take
 REGIONS = 512  # of an image, that the heads train on
@@ -48,7 +48,7 @@ def step_cases(args: Namespace) -> Iterator[Case]:
         for dtype in args.dtype:
             steps: Steps = {}
             for name in args.norms:
-                model = build_detector(DETECTRON2_NORMS[name], args.device, training=True)
+                model = build_detector(detectron2_norms()[name], args.device, training=True)
                 optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
                 steps[name] = partial(train_step, model, optimizer, images, args.device, dtype)
             shape = (args.batch, 3, args.size, args.size)

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from .norms import NORMS
+from .norms import layer_norms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -42,7 +42,7 @@ def layer_cases(args: Namespace) -> Iterator[Case]:
                     if name == "copy":
                         steps[name] = partial(torch.empty_like(dy).copy_, dy)
                         continue
-                    layers = [NORMS[name](shape[1]) for _ in range(depth)]
+                    layers = [layer_norms()[name](shape[1]) for _ in range(depth)]
                     net = nn.Sequential(*layers).to(args.device)
                     steps[name] = partial(layer_step, net, x.requires_grad_(), dy)
                 where = {"threads": threads, "dtype": dtype, "format": layout, "shape": shape}
@@ -64,7 +64,7 @@ def inference_cases(args: Namespace) -> Iterator[Case]:
             images = images.contiguous(memory_format=FORMATS[layout])
             steps: Steps = {}
             for name in args.norms:
-                net = torchvision.models.resnet50(norm_layer=NORMS[name]).eval()
+                net = torchvision.models.resnet50(norm_layer=layer_norms()[name]).eval()
                 steps[name] = partial(infer, net.to(**like, memory_format=FORMATS[layout]), images)
             where = {"threads": threads, "dtype": dtype, "format": layout, "shape": images.shape}
             yield where, steps

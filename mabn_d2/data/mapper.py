@@ -3,7 +3,6 @@
 import logging
 
 import torch
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -28,7 +27,7 @@ class NamingMapper:
     Detectron2 would cut it off at 255, and see white.
     """
 
-    def __init__(self, mapper, remedy="repair or remove the image"):
+    def __init__(self, mapper, remedy="mend or remove it"):
         self.mapper, self.remedy = mapper, remedy
 
     def __call__(self, record):
@@ -37,14 +36,10 @@ class NamingMapper:
             if path is not None:
                 self._check_depth(path)
             return self.mapper(record)
-        except SizeMismatchError as error:
-            raise BadImageError(
-                f"{path} can't be used, because its annotations give another size: "
-                f"{_one_line(error)}: correct width and height in the annotations, {self.remedy}"
-            ) from error
         except Exception as error:
+            reason = " ".join(str(error).split())
             raise BadImageError(
-                f"{path} can't be used ({type(error).__name__}: {_one_line(error)}): {self.remedy}"
+                f"{path} can't be used ({type(error).__name__}: {reason}): {self.remedy}"
             ) from error
 
     @staticmethod
@@ -55,10 +50,6 @@ class NamingMapper:
         ):  # reads the header only
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
-
-
-def _one_line(error):
-    return " ".join(str(error).split())
 
 
 class SeededDataset(torch.utils.data.Dataset):

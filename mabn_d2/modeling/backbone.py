@@ -8,6 +8,7 @@ from torch import nn
 
 from .norm import NORM, configure_mabn
 from .norm_table import norm_settings
+from .registry import register
 
 BLOCKS_PER_STAGE = {
     10: (1, 1, 1, 1),
@@ -29,7 +30,7 @@ class PublishedResNet(ResNet):
                 weight_init.c2_xavier_fill(module)
 
 
-@BACKBONE_REGISTRY.register()
+@register(BACKBONE_REGISTRY)
 def build_mabn_resnet_backbone(cfg, input_shape):
     """Build a ResNet with MABN behind every convolution, its weights in the published init.
 
@@ -89,7 +90,7 @@ def _build_resnet(cfg, input_shape, norm):
     return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-@BACKBONE_REGISTRY.register()
+@register(BACKBONE_REGISTRY)
 def build_mabn_resnet_fpn_backbone(cfg, input_shape):
     """Build an FPN over `build_mabn_resnet_backbone`, MABN in its convolutions too.
 
@@ -104,7 +105,7 @@ def build_mabn_resnet_fpn_backbone(cfg, input_shape):
     return configure_mabn(fpn, **norm_settings(cfg))
 
 
-@BACKBONE_REGISTRY.register()
+@register(BACKBONE_REGISTRY)
 def build_any_norm_resnet_fpn_backbone(cfg, input_shape):
     """Build what `build_mabn_resnet_fpn_backbone` builds under RESNETS.NORM and FPN.NORM, any norm.
 

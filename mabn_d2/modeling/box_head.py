@@ -3,8 +3,10 @@
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 from torch import nn
 
+from .registry import register
 
-@ROI_BOX_HEAD_REGISTRY.register()
+
+@register(ROI_BOX_HEAD_REGISTRY)
 class PublishedConvFCHead(FastRCNNConvFCHead):
     """FastRCNNConvFCHead whose convolutions start as N(0, 0.01), as in the published detector.
 

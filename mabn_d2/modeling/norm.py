@@ -28,7 +28,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..layers import MABN2d, PerLevelNorm
 from ..solver import detectron2_optimizer_params, get_default_optimizer_params
 from ..surgery.convolutions import center_conv, check_conv, is_convolution
-from ..surgery.fuse_relu import fuse_relu
+from ..surgery.first_forward import check_in_first_forward
+from ..surgery.fuse_relu import RUN_IN_TURN, fuse_relu
 from .norm_table import NORMS, configure_norms, norm_layers, scale_norm_schedules
 
 NORM = "MABN"
@@ -94,20 +95,27 @@ def is_unpaired(module: nn.Module) -> bool:
 
 
 def _pair(parent, name, module):
-    """Registration hook: centre the convolution that a new norm `module` is attached to."""
+    """Registration hook: centre the convolution that a new norm `module` is attached to.
+
+    Unless the parent's structure leaves no doubt, the first training forward checks the pair.
+    """
     if not is_unpaired(module):
         return
-    conv = parent
+    conv, conv_name = parent, "the convolution"
     if not is_convolution(parent):
-        siblings = [child for child in parent.children() if child is not module]
+        siblings = [(n, child) for n, child in parent.named_children() if child is not module]
         if not siblings:
             return  # a container, which may be attached in turn
-        conv = siblings[-1]
+        conv_name, conv = siblings[-1]
     check_conv(conv, module.num_features)
     center_conv(conv)
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _refuse]:
         del hooks[key]
+    if conv is not parent and type(parent).forward not in RUN_IN_TURN:
+        where = type(parent).__qualname__
+        names = {module: f"{name} in {where}", conv: f"{conv_name} in {where}"}
+        check_in_first_forward(module, (conv,), names)
 
 
 def _split_levels(parent, name, module):
@@ -159,7 +167,7 @@ def build_model(cfg):
     if any(isinstance(module, norm_layers()) for module in model.modules()):
         check_paired(model)
         configure_norms(model, cfg)
-        scale_norm_schedules(model, cfg.SOLVER.get("ACCUMULATION_STEPS", 1))
+        scale_norm_schedules(model, cfg.get("SOLVER", {}).get("ACCUMULATION_STEPS", 1))
         fuse_relu(model)
     return model
 

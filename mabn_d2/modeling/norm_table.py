@@ -53,6 +53,11 @@ def norm_settings(cfg: CfgNode) -> dict[str, Any]:
     batch_size = node.BATCH_SIZE if node else 0
     simulated = node.SIMULATED_BATCH_SIZE if node else 32
     if batch_size == 0:
+        if "SOLVER" not in cfg:
+            raise ValueError(
+                "MODEL.MABN.BATCH_SIZE is 0, the images of one GPU, but the config has no "
+                "SOLVER.IMS_PER_BATCH: set BATCH_SIZE"
+            )
         # At least 1: a model may be built with fewer images than workers, to be looked at.
         micro_batches = comm.get_world_size() * cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
         batch_size = max(cfg.SOLVER.IMS_PER_BATCH // micro_batches, 1)

@@ -36,6 +36,11 @@ def register_centred(stock: type[nn.Module], centred: type[nn.Module]) -> None:
     CENTRED[stock] = centred
 
 
+def register_when_used(stock: str, module: str) -> None:
+    """Import `module`, which registers, when a model has a class of the name `stock`."""
+    _REGISTERED_BY[stock] = module
+
+
 def register_standardized(*classes: type[nn.Module]) -> None:
     """Let MABN follow convolutions whose own forward gives each filter a mean of zero."""
     STANDARDIZED.update(classes)

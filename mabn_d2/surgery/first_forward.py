@@ -58,8 +58,8 @@ class _CompareInput:
         if number is None:
             raise ValueError(
                 f"the input of {check.norm} is not the output of {', '.join(check.convs)}, which was "
-                "registered in front of it: convert the model with example_inputs, which show the "
-                "convolution to be centred, or leave BatchNorm there"
+                "registered in front of it: let MABN follow a convolution, convert the model with "
+                "example_inputs, which show the convolution to be centred, or use another norm there"
             )
         if torch.compiler.is_compiling():
             check.outputs.clear()

@@ -124,9 +124,20 @@ def _by_structure(place: Place, uses: Counter) -> Pair | str | None:
         before = child if child is not None and type(child) is not nn.Identity else before
     if before is None:
         return None  # what runs before the parent does not show here
+    before = _last(before)
     if not is_convolution(before):
         return None if any(is_convolution(m) for m in before.modules()) else _wrong(before)
     return Pair((before,), True, uses[before] == 1 and uses[place.module] == 1)
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """Return the module whose output a module returns that runs its children in turn."""
+    while type(module).forward in RUN_IN_TURN:
+        children = [c for c in module.children() if type(c) is not nn.Identity]
+        if not children:
+            break
+        module = children[-1]
+    return module
 
 
 def _wrong(before: nn.Module) -> str:
@@ -169,7 +180,7 @@ def _by_trace(
 
     def called(node: Any) -> nn.Module | None:
         is_call = isinstance(node, fx.Node) and node.op == "call_module"
-        return owner.get_submodule(str(node.target)) if is_call else None
+        return _last(owner.get_submodule(str(node.target))) if is_call else None
 
     calls = [node for node in graph.nodes if called(node) is place.module]
     if not calls:
@@ -210,6 +221,7 @@ def _by_registration(place: Place) -> Pair | str:
         before = child if child is not None else before
     if before is None:
         return f"nothing stands in front of it in {type(place.parent).__name__}"
+    before = _last(before)
     if not is_convolution(before):
         return f"{_wrong(before)}, or give example_inputs to show what is in front of it"
     return Pair((before,), False, None)

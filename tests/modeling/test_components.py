@@ -1,13 +1,14 @@
 """MABN and BRN in every component of Detectron2 that takes a norm."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
-from detectron2.modeling import build_model
+from detectron2.modeling import Backbone, build_model
 from detectron2.modeling.backbone.regnet import (
     AnyNet,
     ResBasicBlock,
@@ -16,15 +17,16 @@ from detectron2.modeling.backbone.regnet import (
     SimpleStem,
     VanillaBlock,
 )
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from detectors import narrow_cfg
+from detectors import narrow_cfg, randomized
 from inputs import training_inputs
-from mabn_d2 import add_mabn_config
-from mabn_d2.layers import BatchRenorm2d, CenConv2d, MABN2d, PerLevelNorm
+from mabn_d2 import add_mabn_config, configure_mabn, fold_mabn
+from mabn_d2.layers import BatchRenorm2d, CenConv2d, CenConvTranspose2d, MABN2d, PerLevelNorm
 from mabn_d2.modeling.convolutions import CenNormConv2d
 from mabn_d2.solver import build_optimizer
 
@@ -177,9 +179,80 @@ def test_shared_heads_have_statistics_per_level(kind, norm, layer):
     assert first[0].weight.grad.any()
 
 
+def test_deformable_convolutions():
+    """The pure Python copy of Detectron2 has none; the official build centres them."""
+    stages = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True]]
+    if find_spec("detectron2._C") is None:
+        with pytest.raises(ImportError, match="not compiled"):
+            build("Base-RCNN-FPN.yaml", *stages)
+        return
+    from mabn_d2.modeling.deform_conv import CenDeformConv, CenModulatedDeformConv
+
+    for modulated, kind in ((False, CenDeformConv), (True, CenModulatedDeformConv)):
+        opts = [*stages, "MODEL.RESNETS.DEFORM_MODULATED", modulated]
+        block = build("Base-RCNN-FPN.yaml", *opts).backbone.bottom_up.res5[0]
+        stock = build("Base-RCNN-FPN.yaml", *opts, "MODEL.RESNETS.NORM", "FrozenBN")
+        stock = stock.backbone.bottom_up.res5[0].eval()
+        assert type(block.conv2) is kind and type(block.conv2.norm) is MABN2d
+        randomized(block)
+        block.conv2_offset.weight.data.normal_(std=0.1)
+        folded = fold_mabn(block)
+        stock.load_state_dict(folded.state_dict(), strict=True)
+        assert type(folded.conv2) is kind.__base__
+        if not modulated:  # those need a GPU
+            x = torch.randn(1, block.in_channels, 8, 8)
+            with torch.no_grad():
+                assert torch.equal(stock(x), block(x))
+            with pytest.raises(ValueError, match="conv2.norm: CenDeformConv has no bias"):
+                fold_mabn(block, "conv")
+
+
+def test_trident_convolution():
+    """Of a project that is not installed with Detectron2 (projects/TridentNet on the path)."""
+    TridentConv = pytest.importorskip("tridentnet.trident_conv").TridentConv
+    dilations = {"paddings": [1, 2, 3], "dilations": [1, 2, 3], "num_branch": 3}
+    conv = TridentConv(3, 4, 3, norm=get_norm("MABN", 4), **dilations)
+    assert type(conv).__name__ == "CenTridentConv"
+    images = [torch.randn(1, 3, 8, 8) for _ in range(3)]
+    conv(images)
+    randomized(conv)
+    stock = TridentConv(3, 4, 3, norm=get_norm("BN", 4), **dilations).eval()
+    stock.load_state_dict(fold_mabn(conv, "batch_norm").state_dict(), strict=True)
+    for folded in (stock, fold_mabn(conv, "conv")):
+        for found, expected in zip(folded(images), conv(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_centred_is_an_error_at_build():
-    stages = [False, False, False, True]
-    with pytest.raises((ImportError, TypeError), match="not compiled|DeformConv"):
-        build("Base-RCNN-FPN.yaml", "MODEL.RESNETS.DEFORM_ON_PER_STAGE", stages)
     with pytest.raises(TypeError, match="AvgPool2d can't be"):
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2), get_norm("MABN", 4))
+    with pytest.raises(ValueError, match="0.0 in .*ModuleList.*known class.*use another norm"):
+        configure_mabn(nn.ModuleList([nn.ModuleList([get_norm("MABN", 4)])]))
+
+
+def test_transposed_convolution_of_simple_feature_pyramid():
+    """ViTDet's neck: ConvTranspose2d, norm, GELU."""
+    net = SimpleFeaturePyramid(
+        Features(), "x", out_channels=8, scale_factors=(4.0, 2.0, 1.0), norm="MABN", square_pad=64
+    )
+    assert sum(isinstance(m, CenConvTranspose2d) for m in net.modules()) == 1
+    net(torch.randn(1, 8, 4, 4))["p2"].sum().backward()
+    randomized(net)
+    x = torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        for into in ("frozen_bn", "conv"):
+            found, expected = fold_mabn(net, into)(x), net(x)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+class Features(Backbone):
+    """Returns its input as the features of stride 16."""
+
+    def __init__(self):
+        super().__init__()
+        self._out_feature_channels, self._out_feature_strides = {"x": 8}, {"x": 16}
+        self._out_features = ["x"]
+
+    def forward(self, x):
+        return {"x": x}

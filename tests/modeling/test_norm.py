@@ -132,6 +132,30 @@ def test_unpaired_layer_in_a_model_is_named():
         mabn_d2.configure_mabn(nn.ModuleDict({"first": Net()}))
 
 
+class Block(nn.Module):
+    """Registers a norm behind a convolution, and runs something between them or not."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.conv, self.norm, self.between = nn.Conv2d(3, 4, 3), get_norm("MABN", 4), between
+
+    def forward(self, x):
+        return self.norm(self.between(self.conv(x)))
+
+
+def test_first_training_forward_checks_pairs_by_registration():
+    x = torch.randn(2, 3, 8, 8)
+    good = mabn_d2.configure_mabn(Block(torch.Tensor.contiguous))
+    good(x)
+    assert not good.norm._forward_pre_hooks
+    with pytest.raises(
+        ValueError, match="input of norm in Block is not the output of conv in Block"
+    ):
+        Block(torch.relu)(x)
+    stem = BasicStem(3, 4, norm="MABN")  # whose convolution holds the norm: no doubt
+    assert not stem.conv1.norm._forward_pre_hooks and not stem.conv1._forward_hooks
+
+
 def test_layers_made_directly_are_left_alone():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), MABN2d(4))
     assert type(net[0]) is nn.Conv2d

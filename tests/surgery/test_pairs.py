@@ -211,6 +211,24 @@ def test_check_under_compile():
         torch.compile(wrong, backend="aot_eager")(x)
 
 
+def test_check_under_ddp(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        for between in (unchanged, torch.relu):
+            model = convert_mabn(Between(between, traceable=False))
+            ddp = nn.parallel.DistributedDataParallel(model)
+            if between is torch.relu:
+                with pytest.raises(ValueError, match="the input of bn is not"):
+                    ddp(images())
+                continue
+            for _ in range(2):
+                ddp(images()).sum().backward()
+            assert model.bn.iters == 2 and not model.bn._forward_pre_hooks
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_check_of_user_hooks_and_train_flags():
     """Hooks of the user's stay; a norm in evaluation mode is not checked, and keeps no output."""
     calls = []

@@ -167,7 +167,9 @@ class LogStatistics(HookBase):
                 dy = dy.float() / self._scale(dy.device)
                 if getattr(layer, "activation", None):
                     dy = dy * (y.detach() > 0)
-                z = (x - mean[:, None, None]) * (var + layer.eps).rsqrt()[:, None, None]
+                z = (x - mean[:, None, None]) * (var + getattr(layer, "eps", 0.0)).rsqrt()[
+                    :, None, None
+                ]
                 if not isinstance(layer, MABN2d):
                     push("g", dy.mean(axes) * scale)
                 push("psi", (dy * z).mean(axes) * scale)

@@ -58,21 +58,22 @@ def current_stream(device: int) -> int:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+def _cuda_launch() -> Callable[..., int]:
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+    unsigned = ctypes.c_uint
+    function.argtypes = [ctypes.c_void_p, *[unsigned] * 7, *[ctypes.c_void_p] * 3]
+    function.restype = ctypes.c_int
+    return function
 
 
 class _Compiled:
-    """A kernel, compiled for one device and alignment of its tensors, with room for its arguments.
+    """A kernel, compiled for one device and alignment of its tensors, with room for its arguments."""
 
-    Attributes:
-        launch: takes a stream as c_void_p; returns the driver's error, or 0.
-        set_pointers: takes the buffer, 0 and the pointers.
-        lock: to hold from `set_pointers` to `launch`, because threads may share a Launch.
-    """
-
-    def __init__(self, compiled: Any, pointers: int, sizes: Sequence[int], programs: int) -> None:
+    def __init__(self, compiled: Any, pointers: int, sizes: Sequence[int]) -> None:
         self.compiled = compiled  # keeps the module loaded
+        self.function = compiled.function
+        self.threads = compiled.metadata.num_warps * WARP_SIZE
+        self.shared = compiled.metadata.shared
         # Newer Triton adds two pointers to scratch memory, which these kernels do not use.
         layout = f"@{pointers}P{len(sizes)}i0P2P"
         self.buffer = ctypes.create_string_buffer(struct.calcsize(layout))
@@ -83,14 +84,9 @@ class _Compiled:
         places = [8 * k for k in range(pointers)]
         places += [size_at + 4 * k for k in range(len(sizes))]
         places += [scratch_at, scratch_at + 8]
-        parameters = (ctypes.c_void_p * len(places))(*(first + place for place in places))
+        self.parameters = (ctypes.c_void_p * len(places))(*(first + place for place in places))
         self.set_pointers = struct.Struct(f"@{pointers}P").pack_into
-        self.lock = threading.Lock()
-        one, threads = ctypes.c_uint(1), ctypes.c_uint(compiled.metadata.num_warps * WARP_SIZE)
-        grid = ctypes.c_uint(programs), one, one, threads, one, one
-        shared = ctypes.c_uint(compiled.metadata.shared)
-        call, function = _driver().cuLaunchKernel, ctypes.c_void_p(compiled.function)
-        self.launch = lambda stream: call(function, *grid, shared, stream, parameters, None)
+        self.lock = threading.Lock()  # of the buffer: threads may share a launch
 
 
 class Launch:
@@ -131,7 +127,19 @@ class Launch:
             compiled = self._find(tensors, pointers)
         with compiled.lock:
             compiled.set_pointers(compiled.buffer, 0, *pointers)
-            status = compiled.launch(ctypes.c_void_p(stream))
+            status = _cuda_launch()(
+                compiled.function,
+                self.programs,
+                1,
+                1,
+                compiled.threads,
+                1,
+                1,
+                compiled.shared,
+                stream,
+                compiled.parameters,
+                None,
+            )
         if status:
             raise RuntimeError(f"CUDA driver error {status} at the launch of {self.name}")
 
@@ -153,7 +161,7 @@ class Launch:
         key = tuple(pointer % 16 == 0 for pointer in pointers)
         compiled = self._unaligned.get(key)
         if compiled is None:
-            compiled = _Compiled(self._compile(tensors), len(pointers), self.sizes, self.programs)
+            compiled = _Compiled(self._compile(tensors), len(pointers), self.sizes)
             self._unaligned[key] = compiled
             if all(key):
                 self._aligned = compiled
