@@ -33,6 +33,30 @@ _Loader.add_constructor(
 )
 
 
+class _DataLoader(_Loader):
+    """Reads what tags of Python mark as the plain value below the tag; nothing is created or run."""
+
+
+def _plain(loader, suffix, node):
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return loader.construct_scalar(node)
+
+
+_DataLoader.add_multi_constructor(f"{_TAG}python/", _plain)
+
+
+def load_as_data(filename: str) -> Any:
+    """Return what a YAML file holds, with a plain value for every object of Python.
+
+    For the config.yaml that LazyConfig saves, to compare it.
+    """
+    with PathManager.open(filename) as file:
+        return yaml.load(file, _DataLoader)
+
+
 def check_yaml(filename: str) -> None:
     """Check that a config file and the files of its `_BASE_` hold plain values only.
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,9 +24,36 @@ from torch import nn
 matplotlib.use("Agg")  # draws into files; before pyplot, which Detectron2's Visualizer imports
 
 import matplotlib.pyplot as plt
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib import font_manager
 
+# Families for letters that matplotlib's own font lacks; those that are installed are used.
+FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei",
+    "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Malgun Gothic",
+    "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai",
+    "Arial Unicode MS",
+)  # fmt: skip
 PICTURE_SIZE = 320  # pixels of the longer side of an image that is drawn
+
+
+class AnyTextVisualizer(Visualizer):
+    """Detectron2's Visualizer, for classes of any name.
+
+    matplotlib takes the text between two dollar signs for mathematics, which may be an error.
+    """
+
+    def draw_text(self, text: str, position: tuple[float, float], **kwargs: Any) -> VisImage:
+        """As Detectron2's."""
+        output = super().draw_text(printable(text).replace("$", r"\$"), position, **kwargs)
+        families = [name for name in FONTS if name in font_manager.get_font_names()]
+        output.ax.texts[-1].set_fontfamily(["sans-serif", *families])
+        return output
+
+
+def printable(text: str) -> str:
+    """Return a text on one line that does not steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def prediction_pictures(
@@ -54,8 +82,8 @@ def prediction_pictures(
             scale = PICTURE_SIZE / max(image.shape[:2])
             found = instances[instances.scores >= min_score]
             rows = (
-                Visualizer(image, metadata, scale).draw_dataset_dict(record),
-                Visualizer(image, metadata, scale).draw_instance_predictions(found),
+                AnyTextVisualizer(image, metadata, scale).draw_dataset_dict(record),
+                AnyTextVisualizer(image, metadata, scale).draw_instance_predictions(found),
             )
             yield np.concatenate([row.get_image() for row in rows])
 

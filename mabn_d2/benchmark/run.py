@@ -27,12 +27,19 @@ def _step_cases(args):
     return step_cases(args)
 
 
+def _accumulation_cases(args):
+    from .accumulation_cases import accumulation_cases
+
+    return accumulation_cases(args)
+
+
 # benchmark -> function from arguments to cases
 CASES = {
     "layer": layer_cases,
     "inference": inference_cases,
     "detector": _detector_cases,
     "step": _step_cases,
+    "accumulation": _accumulation_cases,
 }
 
 

@@ -7,13 +7,15 @@ inference and in training.
     tools/benchmark.py inference --norms bn,ln,in,gn,mabn --output benchmarks/inference.json
     tools/benchmark.py detector --norms frozen_bn,mabn,mabn_folded --output benchmarks/detector.json
     tools/benchmark.py step --norms bn,mabn --output benchmarks/step.json
+    tools/benchmark.py accumulation --accumulation 8 --size 160 --output benchmarks/accumulation.json
 
 Norms are timed in turn, round by round. A ratio compares times of one round: with BatchNorm; with ReLU,
 with BatchNorm and ReLU; for a detector at inference, with Detectron2's FrozenBN; or with --baseline.
 The table shows medians and quartiles. `formula` is MABN as plain tensor expressions; `_split` is the
 classification form with normalization batches of 2 images; `mabn_folded` is the model that `fold_mabn`
 makes from one with MABN, `mabn_folded_conv` the one without norms. `copy` is Tensor.copy_ of one
-activation. `of copy` is the share of the copy's bandwidth that a layer reaches, if the layer reads and
+activation. `accumulation` compares a training step of --batch images (`micro`) with a step of
+--accumulation times as many, as micro-batches (`accumulated`) and in one forward (`at_once`). `of copy` is the share of the copy's bandwidth that a layer reaches, if the layer reads and
 writes activations 8 times as two passes in each direction do (x; x, y; dy, x; dy, x, dx). A picture of
 the same name is written beside the JSON file.
 """
@@ -27,7 +29,7 @@ import torch
 
 from ..benchmark.layer_cases import DTYPES, FORMATS, R50_FPN
 from ..benchmark.measure import CLOCKS
-from ..benchmark.norms import DETECTORS, choose_norms, known_norms
+from ..benchmark.norms import DETECTORS, STEPS, choose_norms, known_norms
 from ..benchmark.run import CASES, run_benchmark
 
 
@@ -78,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="layer: 2x64x128x128,... or r50_fpn, the shapes of 2 images of 800x1333",
     )
     add("--depth", default=[1], type=partial(listed, int), help="layer: norms in a row, 1,2,4")
-    add("--batch", type=int, default=2, help="inference, detector, step: images")
-    add("--size", type=int, default=224, help="inference, detector, step: side in pixels")
+    add("--batch", type=int, default=2, help="images in a forward, not of a layer")
+    add("--size", type=int, default=224, help="side of an image in pixels, not of a layer")
+    add("--accumulation", type=int, default=8, help="accumulation: micro-batches in one step")
     add(
         "--clock",
         choices=CLOCKS,
@@ -92,7 +95,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    args.norms = args.norms or (",".join(DETECTORS) if args.what == "detector" else "bn,mabn")
+    whole = {"detector": DETECTORS, "accumulation": STEPS}
+    args.norms = args.norms or ",".join(whole.get(args.what, ("bn", "mabn")))
     args.clock = args.clock or {"cpu": "wall", "cuda": "cuda"}[args.device]
     try:
         args.norms = choose_norms(

@@ -109,7 +109,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         seed,
         steps,
     )
-    remedy = 'repair or remove it, or set DATALOADER.BAD_INPUT to "skip"'
+    remedy = 'repair or remove the image, or set DATALOADER.BAD_INPUT to "skip"'
     return DataLoader(
         SeededDataset(
             DatasetFromList(records, copy=False),

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -27,7 +28,7 @@ class NamingMapper:
     Detectron2 would cut it off at 255, and see white.
     """
 
-    def __init__(self, mapper, remedy="mend or remove it"):
+    def __init__(self, mapper, remedy="repair or remove the image"):
         self.mapper, self.remedy = mapper, remedy
 
     def __call__(self, record):
@@ -36,10 +37,14 @@ class NamingMapper:
             if path is not None:
                 self._check_depth(path)
             return self.mapper(record)
-        except Exception as error:
-            reason = " ".join(str(error).split())
+        except SizeMismatchError as error:
             raise BadImageError(
-                f"{path} can't be used ({type(error).__name__}: {reason}): {self.remedy}"
+                f"{path} can't be used, because its annotations give another size: "
+                f"{_one_line(error)}: correct width and height in the annotations, {self.remedy}"
+            ) from error
+        except Exception as error:
+            raise BadImageError(
+                f"{path} can't be used ({type(error).__name__}: {_one_line(error)}): {self.remedy}"
             ) from error
 
     @staticmethod
@@ -50,6 +55,10 @@ class NamingMapper:
         ):  # reads the header only
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
 
 
 class SeededDataset(torch.utils.data.Dataset):

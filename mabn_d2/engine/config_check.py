@@ -1,8 +1,5 @@
 """From the command line to a config that has been checked before any data is read."""
 
-import tempfile
-from pathlib import Path
-
 import torch
 import yaml
 from detectron2.config import get_cfg
@@ -18,7 +15,7 @@ from .errors import ConfigError, did_you_mean, one_line
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
-from .resume import check_same_run
+from .resume import check_output_folder, check_same_run
 from .schedule import finalize_schedule
 from .value_check import check_values
 
@@ -195,26 +192,10 @@ def check_config(cfg, workers=1, resume=False, train=True):
 def _check_output(cfg, resume):
     """OUTPUT_DIR can be written to, and holds no other run."""
     folder = cfg.OUTPUT_DIR
-    try:
-        if "://" not in folder:
-            there = Path(folder).absolute()
-            while not there.exists():  # nothing is created before all checks are done
-                there = there.parent
-            with tempfile.TemporaryFile(dir=there):
-                pass
-    except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR {folder!r} can't be written to: {error}") from error
-    if not PathManager.isfile(f"{folder}/last_checkpoint"):
-        return
-    if not resume:
-        raise ConfigError(
-            f"OUTPUT_DIR {folder!r} holds the checkpoints of a run: add --resume to go on with it, "
-            "or name another folder"
-        )
-    if not PathManager.isfile(f"{folder}/config.yaml"):
-        return
-    with PathManager.open(f"{folder}/config.yaml") as file:
-        check_same_run(cfg, file.read(), f"{folder}/config.yaml")
+    resumes = check_output_folder(folder, resume, "OUTPUT_DIR")
+    if resumes and PathManager.isfile(f"{folder}/config.yaml"):
+        with PathManager.open(f"{folder}/config.yaml") as file:
+            check_same_run(cfg, file.read(), f"{folder}/config.yaml")
 
 
 def _differences(node, other, prefix=""):

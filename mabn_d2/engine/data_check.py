@@ -8,7 +8,7 @@ from ..data.data_check import check_requirements
 from ..data.requirements import DataRequirements
 from ..data.samplers import check_sampler
 from .errors import ConfigError
-from .evaluators import check_evaluators
+from .evaluators import check_evaluators, check_pascal_voc
 
 
 def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> None:
@@ -22,8 +22,8 @@ def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> Non
         evaluators: whether DATASETS.TEST is evaluated by `Trainer.build_evaluator` as it stands.
 
     Raises:
-        ConfigError: if there is no dataset, or if one of DATASETS.TEST has no
-            evaluator.
+        ConfigError: if there is no dataset, or if one of DATASETS.TEST can't be
+            evaluated.
         DataError: if the sampler is wrong, or if the data can't be used or contradicts the config.
     """
     key, purpose = ("TRAIN", "train") if train else ("TEST", "evaluate")
@@ -34,6 +34,8 @@ def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> Non
     if train:
         check_sampler(cfg)
     check_requirements(DataRequirements.from_cfg(cfg, train))
+    if evaluators:
+        check_pascal_voc(cfg)
 
 
 def check_lazy_data(cfg: Any, train: bool = True) -> None:

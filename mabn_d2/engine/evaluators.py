@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -16,6 +17,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
 from .errors import ConfigError
 
@@ -79,6 +81,30 @@ def check_evaluators(cfg: CfgNode) -> None:
                 f"DATASETS.TEST names {name!r}, whose evaluator needs the package {package}: install "
                 "it, or set DATASETS.TEST ()"
             )
+
+
+def check_pascal_voc(cfg: CfgNode) -> None:
+    """Check that Detectron2's evaluator can read the XML files of the Pascal VOC sets in DATASETS.TEST.
+
+    It needs more of each object than the training does: pose, truncated, difficult and whole pixels.
+
+    Raises:
+        ConfigError: if it can't.
+    """
+    for name in cfg.DATASETS.TEST:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("evaluator_type") != "pascal_voc":
+            continue
+        folder, images = Path(metadata.dirname), f"ImageSets/Main/{metadata.split}.txt"
+        for image in (folder / images).read_text().split():
+            file = folder / "Annotations" / f"{image}.xml"
+            try:
+                parse_rec(str(file))  # the evaluator uses the result again
+            except (AttributeError, ValueError) as error:
+                raise ConfigError(
+                    f"DATASETS.TEST names {name!r}, but {file} can't be evaluated ({error}): each "
+                    "object needs pose, truncated, difficult and bndbox in whole pixels"
+                ) from error
 
 
 def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:

@@ -18,6 +18,9 @@ from ..data.seeding import mix
 from ..layers import MABN2d
 from .resume import parameter_names, with_current_settings
 
+# What Detectron2's RetinaNet and FCOS average over the iterations; their state dicts lack it.
+LOSS_NORMALIZER = "loss_normalizer"
+
 # Training stops after this many rejected iterations in a row: the cause is then not one bad batch.
 MAX_REJECTED = 20
 
@@ -165,6 +168,9 @@ class GuardedTrainer(SimpleTrainer):
         if factor != 1 and self.norms:
             torch._foreach_mul_([norm.buffer_gz for norm in self.norms], factor)
 
+    def _bare_model(self):
+        return getattr(self.model, "module", self.model)
+
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         return {
@@ -172,6 +178,7 @@ class GuardedTrainer(SimpleTrainer):
             "grad_scaler": self.grad_scaler.state_dict(),
             "rejected": self.rejected,
             "accumulation_steps": self.accumulation_steps,
+            LOSS_NORMALIZER: getattr(self._bare_model(), LOSS_NORMALIZER, None),
             "parameter_names": parameter_names(self.model, self.optimizer),
         }
 
@@ -187,6 +194,8 @@ class GuardedTrainer(SimpleTrainer):
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.rejected = state_dict.get("rejected", 0)
+        if state_dict.get(LOSS_NORMALIZER) is not None:
+            setattr(self._bare_model(), LOSS_NORMALIZER, state_dict[LOSS_NORMALIZER])
         before = state_dict.get("accumulation_steps", 1)
         if before != self.accumulation_steps:
             logging.getLogger(__name__).warning(

@@ -1,7 +1,7 @@
 """The model of a config and its weights, checked without data before anything is trained or written."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,7 +31,8 @@ def check_model(cfg: CfgNode, resume: bool = False, train: bool = True) -> None:
         return
     model = build_without_data(cfg)
     if model is not None:
-        check_weights(cfg, model, resume, train)
+        weights, convert = cfg.MODEL.WEIGHTS, cfg.MODEL.MABN.CONVERT_WEIGHTS
+        check_weights(model, weights, cfg.OUTPUT_DIR, resume, train, convert)
     _checked.add(key)
 
 
@@ -47,7 +48,7 @@ def build_without_data(cfg: CfgNode) -> nn.Module | None:
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     try:
-        with build_errors(cfg), torch.device("meta"), _quiet():
+        with build_errors(cfg.MODEL), torch.device("meta"), quiet():
             return build_model(cfg)
     except ConfigError as error:
         if "meta tensor" in str(error).lower():
@@ -55,28 +56,47 @@ def build_without_data(cfg: CfgNode) -> nn.Module | None:
         raise
 
 
-def check_weights(cfg: CfgNode, model: nn.Module, resume: bool, train: bool) -> None:
-    """Load the weights of a run into a model without data: only the checks of loading remain."""
-    folder = cfg.OUTPUT_DIR
-    if not train and not cfg.MODEL.WEIGHTS and not (resume and _has_checkpoint(folder)):
+def check_weights(
+    model: nn.Module,
+    weights: str,
+    folder: str,
+    resume: bool,
+    train: bool,
+    convert_batch_norm: bool = False,
+    key: str = "MODEL.WEIGHTS",
+) -> None:
+    """Load the weights of a run into a model without data: only the checks of loading remain.
+
+    Args:
+        model: on the meta device.
+        weights: file that a run starts from.
+        folder: of the run's checkpoints.
+        resume: the last checkpoint of `folder` comes before `weights`.
+        train: False for an evaluation, which needs all weights.
+        convert_batch_norm: as in `SafeCheckpointer`.
+        key: what the config calls `weights`.
+    Raises:
+        ConfigError: if an evaluation has no weights.
+        CheckpointError: if the weights do not belong to the model.
+    """
+    resumes = resume and _has_checkpoint(folder)
+    if not train and not weights and not resumes:
         raise ConfigError(
-            "MODEL.WEIGHTS is '', but --eval-only needs weights: set it, or add --resume for the last "
-            f"checkpoint of OUTPUT_DIR ({folder})"
+            f"{key} is '', but --eval-only needs weights: set it, or add --resume for the last "
+            f"checkpoint of the output folder ({folder})"
         )
     checkpointer = SafeCheckpointer(
         model,
         folder,
         complete=not train,
-        convert_batch_norm=cfg.MODEL.MABN.CONVERT_WEIGHTS,
+        convert_batch_norm=convert_batch_norm,
         save_to_disk=False,
     )
-    with _quiet():
+    with quiet():
         try:
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+            checkpointer.resume_or_load(weights, resume=resume)
         except CheckpointError as error:
-            resumes = resume and checkpointer.has_checkpoint()
-            key = "--resume" if resumes else "MODEL.WEIGHTS"
-            raise CheckpointError(f"{key}: {error}") from error
+            raise CheckpointError(f"{'--resume' if resumes else key}: {error}") from error
 
 
 def _has_checkpoint(folder):
@@ -84,8 +104,13 @@ def _has_checkpoint(folder):
 
 
 @contextmanager
-def build_errors(cfg: CfgNode) -> Iterator[None]:
-    """Turn what building a model raises into one line that names the key, if it is known."""
+def build_errors(node: Mapping, prefix: str = "MODEL.") -> Iterator[None]:
+    """Turn what building a model raises into one line that names the key, if it is known.
+
+    Args:
+        node: the model's part of the config.
+        prefix: of its keys.
+    """
     try:
         yield
     except ConfigError:
@@ -103,11 +128,11 @@ def build_errors(cfg: CfgNode) -> Iterator[None]:
     ) as error:
         text = one_line(error, 300) or _where(error)
         value = error.args[0] if isinstance(error, KeyError) and error.args else None
-        keys = [] if value is None else list(_keys_with(cfg.MODEL, value, "MODEL."))
+        keys = [] if value is None else list(_keys_with(node, value, prefix))
         blamed = f"{keys[0]} has {value!r}, which is unknown: " if keys else ""
         raise ConfigError(
-            f"{blamed}the model of MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} can't be "
-            f"built ({type(error).__name__}: {text}): correct the keys of MODEL"
+            f"{blamed}no model can be built from the config ({type(error).__name__}: {text}): correct "
+            f"the keys of {prefix.rstrip('.')}"
         ) from error
 
 
@@ -122,14 +147,16 @@ def _where(error):
 def _keys_with(node, value, prefix):
     """Yield the keys whose value is `value` or a list that holds it."""
     for name, item in node.items():
-        if isinstance(item, dict):
+        if isinstance(item, Mapping):
             yield from _keys_with(item, value, f"{prefix}{name}.")
-        elif item == value or (isinstance(item, (list, tuple)) and value in item):
+        elif item == value or (
+            isinstance(item, Sequence) and not isinstance(item, str) and value in item
+        ):
             yield f"{prefix}{name}"
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Leave out what the real building and loading log again."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mabn_d2")]
     levels = [logger.level for logger in loggers]

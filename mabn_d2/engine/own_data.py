@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import read_checkpoint
 from ..checkpoint.description import classes_of, config_of
+from ..data.errors import DataError
 from ..data.labelled_folder import (
     PreparedFolder,
     mask_counts,
@@ -34,6 +35,8 @@ SET_BY_FOLDER = (
 )
 # Meta-architectures of Detectron2 that have boxes only.
 NO_MASKS = ("RetinaNet", "FCOS", "ProposalNetwork")
+
+_prepared_alone: list[tuple[tuple, PreparedFolder]] = []  # at most one
 
 
 def use_folder(
@@ -112,17 +115,25 @@ def with_folder(cfg: CfgNode) -> CfgNode:
 
 
 def _prepare(path, val_share, class_names, alone):
-    """Prepare the folder in the first process of each machine, for all of its processes."""
-    if alone or comm.get_world_size() == 1:
-        return prepare_folder(path, val_share, class_names)
+    """Prepare the folder in the first process of each machine, for all of its processes.
+
+    What a call `alone` has prepared is taken by the next call of this process: the check before a run
+    and the run itself read the folder once.
+    """
+    request = (path, val_share, class_names)
+    if alone:
+        prepared = prepare_folder(*request)
+        _prepared_alone[:] = [(request, prepared)]
+        return prepared
     own, first = None, comm.get_rank() - comm.get_local_rank()
     if comm.get_local_rank() == 0:
+        before = _prepared_alone.pop() if _prepared_alone else (None, None)
         try:
-            own = prepare_folder(path, val_share, class_names)
-        except ValueError as error:  # BadAnnotationError
+            own = before[1] if before[0] == request else prepare_folder(*request)
+        except DataError as error:
             own = error
     prepared = comm.all_gather(own)
-    error = next((p for p in (prepared[first], *prepared) if isinstance(p, ValueError)), None)
+    error = next((p for p in (prepared[first], *prepared) if isinstance(p, DataError)), None)
     if error is not None:
         error.said_elsewhere = comm.get_local_rank() > 0 or prepared[first] is not error
         raise error

@@ -14,7 +14,6 @@ import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from ..checkpoint.io import atomic_file
 from ..data.labelled_folder.image_files import SUFFIXES
 from ..data.mapper import BadImageError
 from ..predictor import Predictor
+from ..visualization import AnyTextVisualizer, printable
 from .errors import ConfigError
 
 PICTURES, RESULTS, IMAGES = "pictures", "predictions.json", "images.json"
@@ -86,7 +86,7 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
     """
     pictures = output / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
-    metadata = Metadata(thing_classes=[_plain_text(name) for name in predictor.class_names])
+    metadata = Metadata(thing_classes=predictor.class_names)
     images, results, skipped, taken, seconds = [], [], [], set(), []
     objects, with_objects, scores = Counter(), Counter(), Counter()
     for path in tqdm(files, "images", unit="image"):
@@ -94,7 +94,7 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
             image = predictor.read(path)
         except BadImageError as error:
             skipped.append(str(error))
-            tqdm.write(f"skipped: {_printable(str(error))}", file=sys.stderr)
+            tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
             continue
         start = time.perf_counter()
         instances = predictor(image)
@@ -121,7 +121,7 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
     categories = [{"id": c["id"], "name": c["name"]} for c in predictor.classes]
     _write_json(output / IMAGES, {"images": images, "annotations": [], "categories": categories})
     rows = [
-        [_printable(predictor.class_names[k]), n, with_objects[k], f"{scores[k] / n:.2f}"]
+        [printable(predictor.class_names[k]), n, with_objects[k], f"{scores[k] / n:.2f}"]
         for k, n in sorted(objects.items())
     ]
     headers = ["class", "objects", "images", "mean score"]
@@ -137,7 +137,9 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
 
 def _write_picture(path: Path, image: np.ndarray, instances: Instances, metadata: Metadata) -> None:
     scale = max(1.0, MIN_PICTURE / max(image.shape[:2]))
-    drawn = Visualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(instances)
+    drawn = AnyTextVisualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(
+        instances
+    )
     buffer = io.BytesIO()
     Image.fromarray(drawn.get_image()).save(buffer, "JPEG", quality=92)
     with atomic_file(path) as file:
@@ -155,7 +157,7 @@ def _free_name(path: Path, taken: set[str]) -> str:
     Names that differ in case only are one on some file systems; a name may be too long with what is
     added to it.
     """
-    stem = _printable(path.stem).encode()[:150].decode(errors="ignore")
+    stem = printable(path.stem).encode()[:150].decode(errors="ignore")
     number = 1
     while True:
         name = f"{stem}-{number}.jpg" if number > 1 else f"{stem}.jpg"
@@ -163,12 +165,3 @@ def _free_name(path: Path, taken: set[str]) -> str:
             taken.add(name.casefold())
             return name
         number += 1
-
-
-def _plain_text(name):
-    """Return a class name as text that matplotlib does not take for mathematics."""
-    return _printable(name).replace("$", r"\$")
-
-
-def _printable(text):
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

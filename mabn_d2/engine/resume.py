@@ -5,13 +5,16 @@ config: torch's optimizers would bring the rates and decays of the checkpoint ba
 """
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import CheckpointError
@@ -28,6 +31,36 @@ MUST_STAY = {
 _NOT_LOGGED = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION")
 
 _logger = logging.getLogger(__name__)
+
+
+def check_output_folder(folder: str, resume: bool, key: str) -> bool:
+    """Check that a folder can be written to, without creating it, and holds no other run.
+
+    Args:
+        folder: where a run writes.
+        resume: go on with a run that is there.
+        key: what the config calls the folder.
+    Returns:
+        Whether there is a run to go on with.
+    Raises:
+        ConfigError: if it can't be written to, or holds a run that is not resumed.
+    """
+    try:
+        if "://" not in folder:
+            there = Path(folder).absolute()
+            while not there.exists():  # nothing is created before all checks are done
+                there = there.parent
+            with tempfile.TemporaryFile(dir=there):
+                pass
+    except OSError as error:
+        raise ConfigError(f"{key} {folder!r} can't be written to: {error}") from error
+    holds_run = PathManager.isfile(f"{folder}/last_checkpoint")
+    if holds_run and not resume:
+        raise ConfigError(
+            f"{key} {folder!r} holds the checkpoints of a run: add --resume to go on with it, or name "
+            "another folder"
+        )
+    return holds_run
 
 
 def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:
@@ -86,7 +119,7 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{name}", was, now
 
 
-def log_changes(lines: list[str], iteration: int) -> None:
+def log_changes(lines: list[str], iteration: int | str) -> None:
     """Log which settings a run goes on with that differ from those so far."""
     if lines:
         _logger.warning(

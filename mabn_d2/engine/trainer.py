@@ -6,6 +6,7 @@ import weakref
 import torch
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
@@ -24,6 +25,7 @@ from .hooks import (
     DrawPredictions,
     EarlyStopping,
     KeepRankStates,
+    LogSlowIterations,
     LogStatistics,
     RecalibrateMABN,
     StopOnSignal,
@@ -67,7 +69,7 @@ class Trainer(DefaultTrainer):
         finalize_schedule(cfg)
         check_values(cfg)
         log_schedule(cfg)
-        with build_errors(cfg):
+        with build_errors(cfg.MODEL):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -170,6 +172,7 @@ class Trainer(DefaultTrainer):
                 model = getattr(self.model, "module", self.model)
                 chosen.append(DrawPredictions(self.cfg, model, period, test.PICTURES))
             chosen.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            chosen.append(LogSlowIterations(CommonMetricPrinter(self.max_iter)))
         if metric and self.cfg.SOLVER.EARLY_STOPPING_PATIENCE > 0:
             best = chosen[1]
             patience = self.cfg.SOLVER.EARLY_STOPPING_PATIENCE

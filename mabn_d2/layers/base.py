@@ -1,6 +1,5 @@
 """What the norm layers share: settings, the dtype of statistics, the check of an input's shape."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -49,6 +48,11 @@ class ConfigurableNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
 
+    def _empty_statistics(self, *shape: int) -> torch.Tensor:
+        """Return an uninitialized tensor of statistics beside the weight."""
+        dtype = statistics_dtype(self.weight.dtype)
+        return torch.empty(shape, dtype=dtype, device=self.weight.device)
+
     def configure(self, **settings: Any) -> None:
         """Set any of the settings of a built layer. Nothing changes if one of them is wrong.
 
@@ -67,8 +71,7 @@ class ConfigurableNorm(nn.Module):
         }
         new = {name: self.__dict__.get(name) for name in self.SETTINGS} | given
         self._check_settings(new)
-        for name, value in new.items():
-            super().__setattr__(name, value)
+        self.__dict__.update(new)
         self._apply_settings()
 
     def _check_settings(self, new: dict[str, Any]) -> None:
@@ -110,12 +113,10 @@ def _number(name: str, value: Any, kind: type) -> float | int:
     try:
         if kind is float:
             return float(value)
-        if isinstance(value, float) or hasattr(value, "is_integer"):  # 32.0 is a whole number
-            whole = int(value)
-            if whole != value:
-                raise ValueError
-            return whole
-        return operator.index(value)
+        whole = int(value)
+        if whole != value:  # 32.0 is a whole number, too
+            raise ValueError
+        return whole
     except (OverflowError, TypeError, ValueError) as error:
         wanted = "a number" if kind is float else "a whole number"
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from error

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import ConfigurableNorm, check_input, check_ranges, statistics_dtype
+from .base import ConfigurableNorm, check_input, check_ranges
 
 
 class BatchRenorm2d(ConfigurableNorm):
@@ -57,6 +57,13 @@ class BatchRenorm2d(ConfigurableNorm):
     }
     STATISTICS = ("running_mean", "running_var")
 
+    eps: float
+    momentum: float
+    warmup_iters: int
+    r_max: float
+    r_max_iter: int
+    d_max: float
+    d_max_iter: int
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
@@ -75,9 +82,8 @@ class BatchRenorm2d(ConfigurableNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, device, dtype)
-        like = {"device": device, "dtype": statistics_dtype(self.weight.dtype)}
-        self.register_buffer("running_mean", torch.empty(num_features, **like))
-        self.register_buffer("running_var", torch.empty(num_features, **like))
+        self.register_buffer("running_mean", self._empty_statistics(num_features))
+        self.register_buffer("running_var", self._empty_statistics(num_features))
         counter = torch.tensor(0, dtype=torch.int64, device=device)
         self.register_buffer("num_batches_tracked", counter)
         self.configure(

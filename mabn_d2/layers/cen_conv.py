@@ -1,20 +1,30 @@
 """Convolution with zero-centred filters, the companion of MABN2d."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
-def center_weight(weight):
+def center_weight(weight: torch.Tensor) -> torch.Tensor:
     """Return weight (O, I, kH, kW) minus its mean over input channels and kernel, per filter."""
     return weight - weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
 class _CenConv(torch.autograd.Function):
-    """The convolution with centred filters; keeps the weight, which is there anyway, not its copy."""
+    """The convolution with centred filters. It saves the weight itself, not a centred copy."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype, *geometry):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        *geometry: Any,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         ctx.dtype, ctx.geometry = dtype, geometry
         ctx.bias = None if bias is None else (bias.dtype, bias.shape)
         if bias is not None:
@@ -23,7 +33,9 @@ class _CenConv(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 10
         x, weight = ctx.saved_tensors
         needed = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
@@ -43,16 +55,18 @@ class _CenConv(torch.autograd.Function):
 
 
 class CenConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose filters are centred in the forward (section 4.2 of the paper, "weight
-    centralization"); arguments, parameters and state are those of `nn.Conv2d`.
+    """`nn.Conv2d` whose filters are centred in the forward ("weight centralization").
 
-    Where inputs have equal means over a filter's channels, its outputs have a mean of zero, which
-    is why MABN2d subtracts none. The stored weight itself is free: its mean gets no gradient.
+    Arguments, parameters and state are those of `nn.Conv2d`. If the inputs have equal means over a
+    filter's channels, its outputs have a mean of zero: this is why MABN2d subtracts none (section 4.2
+    of the paper). The stored weight is free: its mean gets no gradient.
 
     In training no copy of the filters is kept for the backward, which centres them once more.
     """
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         if (
             not torch.is_grad_enabled()
             or not weight.requires_grad

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import functional
-from .base import ConfigurableNorm, check_input, check_ranges, statistics_dtype
+from .base import ConfigurableNorm, check_input, check_ranges
 from .functional_split import mean_square
 from .ops import torch_ops
 from .ops.dispatch import select_backend
@@ -93,12 +93,19 @@ class MABN2d(ConfigurableNorm):
     STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
     # Buffer -> its key in the state dict.
     WINDOW_KEYS: ClassVar[dict[str, str]] = {"buffer_x2": "buffer_x2", "buffer_gz": "buffer_gz"}
-    # The class of each form; `SplitMABN2d` enters itself.
+    # Value of split_batch -> class; `SplitMABN2d` enters itself.
     FORMS: ClassVar[dict[bool, type["MABN2d"]]] = {}
 
     split_batch = False
     _version = 2
 
+    eps: float
+    momentum: float
+    batch_size: int
+    simulated_batch_size: int
+    warmup_iters: int
+    clip_start: int
+    clip_limit: float
     running_var: torch.Tensor
     buffer_x2: torch.Tensor
     buffer_gz: torch.Tensor
@@ -106,8 +113,8 @@ class MABN2d(ConfigurableNorm):
     rejected: torch.Tensor
 
     def __new__(cls, *args: Any, split_batch: bool | None = None, **kwargs: Any) -> "MABN2d":
-        if cls is MABN2d and split_batch:
-            cls = MABN2d.FORMS[True]
+        if split_batch and cls is cls.FORMS[False]:
+            cls = cls.FORMS[True]
         return super().__new__(cls)
 
     def __init__(
@@ -134,10 +141,9 @@ class MABN2d(ConfigurableNorm):
         if activation not in (None, "relu"):
             raise ValueError(f'activation must be None or "relu", got {activation!r}')
         self.activation = activation
-        like = {"device": device, "dtype": statistics_dtype(self.weight.dtype)}
-        self.register_buffer("running_var", torch.empty(num_features, **like))
-        self.register_buffer("buffer_x2", torch.empty(0, num_features, **like))
-        self.register_buffer("buffer_gz", torch.empty(0, num_features, **like))
+        self.register_buffer("running_var", self._empty_statistics(num_features))
+        self.register_buffer("buffer_x2", self._empty_statistics(0, num_features))
+        self.register_buffer("buffer_gz", self._empty_statistics(0, num_features))
         self.register_buffer("iters", torch.zeros(1, dtype=torch.int64, device=device))
         rejected = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("rejected", rejected, persistent=False)

@@ -9,12 +9,13 @@ from .mabn import MABN2d
 from .split_norms import SplitMABN2d
 
 
-class NormAct:
-    """A norm followed by its children `drop` and `act`, as in timm's BatchNormAct2d.
+class MABNAct2d(MABN2d):
+    """MABN2d followed by its children `drop` and `act`, as in timm's BatchNormAct2d.
 
     Args:
+        num_features: C.
         drop, act: modules, nn.Identity for none.
-        others: those of the norm.
+        settings: the other arguments of MABN2d.
     """
 
     def __init__(self, num_features: int, drop: nn.Module, act: nn.Module, **settings: Any) -> None:
@@ -22,13 +23,12 @@ class NormAct:
         self.drop, self.act = drop, act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> the same shape."""
+        """Normalize, drop and activate x: (N, C, H, W) -> the same shape."""
         return self.act(self.drop(super().forward(x)))
 
 
-class MABNAct2d(NormAct, MABN2d):
-    """MABN2d, dropout and activation; its state is MABN2d's and theirs."""
+class SplitMABNAct2d(MABNAct2d, SplitMABN2d):
+    """SplitMABN2d followed by its children `drop` and `act`."""
 
 
-class SplitMABNAct2d(NormAct, SplitMABN2d):
-    """SplitMABN2d, dropout and activation."""
+MABNAct2d.FORMS = {False: MABNAct2d, True: SplitMABNAct2d}

@@ -68,6 +68,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     are those of `nn.BatchNorm2d`.
     """
 
+    # As they are with the arguments that this class has.
+    momentum: float
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
     def __init__(
         self, num_features: int, batch_size: int, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
-from ..layers.norm_act import NormAct
+from ..layers.norm_act import MABNAct2d
 from .convolutions import check_bias, check_weights, is_convolution, per_filter, to_stock
 from .first_forward import remove_check
 from .fuse_relu import unfuse_relu
@@ -134,7 +134,7 @@ def _foldable(
 
 def _behind(norm: MABN2d) -> tuple[nn.Module, nn.Module] | None:
     """Return the dropout and the activation that a norm applies to its output, or None."""
-    if isinstance(norm, NormAct):
+    if isinstance(norm, MABNAct2d):
         return norm.drop, norm.act
     return (nn.Identity(), nn.ReLU()) if norm.activation else None
 
@@ -163,7 +163,7 @@ def _batch_norm(norm: MABN2d) -> nn.Module:
     like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
     behind = _behind(norm)
     stock = nn.BatchNorm2d(norm.num_features, norm.eps, **like)
-    if isinstance(norm, NormAct):
+    if isinstance(norm, MABNAct2d):
         new = copy.copy(norm.stock)
         new.eps, new.num_features, new.affine, new.track_running_stats = (
             norm.eps, norm.num_features, True, True
@@ -195,7 +195,7 @@ def _fold_into(convs: tuple[nn.Module, ...], norm: MABN2d) -> nn.Module:
     behind = _behind(norm)
     if behind is None:
         return nn.Identity()
-    if isinstance(norm, NormAct):  # the names of their parameters stay
+    if isinstance(norm, MABNAct2d):  # the names of their parameters stay
         rest = nn.Sequential()
         rest.add_module("drop", behind[0])
         rest.add_module("act", behind[1])

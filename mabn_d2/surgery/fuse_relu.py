@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
-from ..layers.norm_act import NormAct
+from ..layers.norm_act import MABNAct2d
 
 # {class of a block: the class without the ReLU behind its convolutions `with_relu`}. Looked up by
 # the exact type: subclasses have forwards of their own.
@@ -94,7 +94,7 @@ def unfuse_relu(model: nn.Module) -> nn.Module:
 
 def _followed(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Yield (child, name of what runs next on its output, what that is) of a module's children."""
-    if isinstance(module, NormAct):
+    if isinstance(module, MABNAct2d):
         if type(module.drop) is nn.Identity:
             yield module, "act", module.act
     elif isinstance(module, tuple(CONVS_WITH_ACTIVATION)):

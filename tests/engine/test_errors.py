@@ -65,6 +65,7 @@ LAZY = """
 from detectron2.config import LazyConfig
 globals().update(LazyConfig.load({twin!r}))
 train.output_dir, train.init_checkpoint = {output!r}, {weights!r}
+del dataloader.evaluator  # its images are not here
 """
 
 

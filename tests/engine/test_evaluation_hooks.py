@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mabn_d2.engine import ConfigError, Trainer, check_config
+from mabn_d2.engine.hooks import LogSlowIterations
 from mabn_d2.engine.hooks.best_checkpoint import best_metric
 from mabn_d2.engine.report import ap_tables, report_run
 from mabn_d2.engine.validation_loss import build_validation_loader, validation_losses
@@ -329,3 +330,15 @@ def test_auto_metric(cfg):
     assert best_metric(cfg) == "a/bbox/AP"
     cfg.DATASETS.TEST = ()
     assert best_metric(cfg) == ""
+
+
+@pytest.mark.parametrize("seconds, lines", [(0.0, 8), (60.0, 1)])
+def test_slow_iterations_are_logged(cfg, seconds, lines, caplog):
+    cfg.DATASETS.TEST = ()
+    trainer = Trainer(cfg)
+    (hook,) = [hook for hook in trainer._hooks if isinstance(hook, LogSlowIterations)]
+    hook.seconds = seconds
+    trainer.train()
+    shown = [text for text in caplog.messages if re.search(r"iter: \d+ +total_loss", text)]
+    assert len(shown) == lines
+    assert lines == 1 or "eta: " in shown[6]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import signal
 
 import pytest
@@ -15,13 +14,12 @@ from detectron2.utils.events import EventStorage
 
 from commands import assert_ended, start
 from inputs import training_inputs
-from mabn_d2.engine import ConfigError
+from mabn_d2.engine import ConfigError, lazy_trainer
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 from paths import ROOT
 from repository_configs import load
 
-LAUNCHER = runpy.run_path(str(ROOT / "tools/lazyconfig_train_net.py"))
 NAMES = ["mask_rcnn_R50_FPN_mabn_2x", "scratch_mask_rcnn_R50_FPN_mabn_2x"]
 
 
@@ -46,7 +44,7 @@ def test_twins_have_equal_keys_and_outputs(name):
         assert torch.equal(*(getattr(t, "tensor", t) for t in (a, b)))
 
     lazy.train.device = "cpu"
-    fused = LAUNCHER["build_model"](lazy)
+    fused = lazy_trainer.build_model(lazy)
     fused.load_state_dict(one.state_dict())
     losses = []
     for model in (one, fused):
@@ -105,6 +103,7 @@ train.mabn.clip_start = 100
 SIGNALLED = """
 dataloader.train.num_workers = 2
 dataloader.train.dataset.names = "digit_scenes_train"
+dataloader.test.dataset.names = "digit_scenes_val"
 train.max_iter = 100000
 """
 
@@ -115,7 +114,7 @@ def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
 
     def run(*arguments):
         command = ["--config-file", str(config), "--num-gpus", "0", *arguments]
-        return LAUNCHER["main"](default_argument_parser().parse_args(command))
+        return lazy_trainer.run(default_argument_parser().parse_args(command))
 
     run("train.max_iter=2")
     run("--resume", "train.max_iter=3", "+train.statistics.period=1")
@@ -137,7 +136,7 @@ def test_launcher_accumulates_gradients(small_scenes, tmp_path):
 
     def run(*arguments):
         command = ["--config-file", str(config), "--num-gpus", "0", "train.max_iter=2", *arguments]
-        return LAUNCHER["main"](default_argument_parser().parse_args(command))
+        return lazy_trainer.run(default_argument_parser().parse_args(command))
 
     for images, steps in ((4, 0), (4, 3), (4, 8)):
         message = "train.accumulation_steps"
@@ -151,7 +150,7 @@ def test_launcher_accumulates_gradients(small_scenes, tmp_path):
     )  # two forwards each
     cfg = LazyConfig.load(str(config))
     cfg.train.update(device="cpu", accumulation_steps=2)
-    norm = LAUNCHER["build_model"](cfg).backbone.bottom_up.stem.conv1.norm
+    norm = lazy_trainer.build_model(cfg).backbone.bottom_up.stem.conv1.norm
     assert norm.clip_start == 2 * 100 and norm.warmup_iters == 2 * 99 + 1
 
 
@@ -178,7 +177,7 @@ def test_settings_of_batch_renorm():
     cfg = LazyConfig.load(str(ROOT / f"configs/lazy/{NAMES[1]}.py"))
     cfg.train.device, cfg.train.brn = "cpu", {"warmup_iters": 7, "r_max": 2.0}
     cfg.model.backbone.bottom_up.stem.norm = "BRN"
-    norm = LAUNCHER["build_model"](cfg).backbone.bottom_up.stem.conv1.norm
+    norm = lazy_trainer.build_model(cfg).backbone.bottom_up.stem.conv1.norm
     assert type(norm) is BatchRenorm2d and (norm.warmup_iters, norm.r_max) == (7, 2.0)
 
 
@@ -189,15 +188,15 @@ def test_settings_of_several_processes(tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
     try:
         settings = {"broadcast_buffers": False, "find_unused_parameters": True}
-        model = LAUNCHER["distribute"](net, "cpu", fp16_compression=True, **settings)
+        model = lazy_trainer.distribute(net, "cpu", fp16_compression=True, **settings)
         assert model.find_unused_parameters and not model.broadcast_buffers
         for _ in range(2):  # the second would wait for the unused one
             model(torch.full((1, 2), 1 / 3)).sum().backward()
         # It has been through float16, which 1/3 has not in full.
         assert net["used"].weight.grad[0, 0] == 2 * torch.tensor(1 / 3).half().float()
         with pytest.raises(TypeError, match="no_such"):
-            LAUNCHER["distribute"](net, "cpu", no_such=True)
+            lazy_trainer.distribute(net, "cpu", no_such=True)
         with pytest.raises(ConfigError, match='use "naiveSyncBN"'):
-            LAUNCHER["distribute"](torch.nn.SyncBatchNorm(4), "cpu")
+            lazy_trainer.distribute(torch.nn.SyncBatchNorm(4), "cpu")
     finally:
         torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ from mabn_d2.checkpoint import read_checkpoint
 from mabn_d2.checkpoint.description import classes_of, config_of
 from mabn_d2.commands.train_net import run
 from mabn_d2.data.coco_check import BadAnnotationError
+from mabn_d2.data.labelled_folder import prepare_folder
 from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config, use_folder
 from mabn_d2.engine.own_data import log_folder
 from paths import ROOT
@@ -186,6 +187,23 @@ def test_run_is_repeated_by_its_config(exports, tmp_path):
     assert values(config_of(checkpoint)) == values(cfg)
     assert [c["name"] for c in classes_of(checkpoint)] == NAMES
     assert [c["id"] for c in classes_of(checkpoint)] == list(range(1, 11))
+
+
+def test_check_and_run_read_the_folder_once(exports, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*request):
+        calls.append(request)
+        return prepare_folder(*request)
+
+    monkeypatch.setattr("mabn_d2.engine.own_data.prepare_folder", counted)
+    parsed = args(tmp_path, data=exports("json"))
+    assert values(setup_config(parsed, alone=True)) == values(setup_config(parsed))
+    assert len(calls) == 1
+    setup_config(parsed)  # it may have changed since
+    setup_config(args(tmp_path, data=exports()), alone=True)
+    assert str(exports("json")) == setup_config(parsed).DATASETS.FOLDER
+    assert len(calls) == 4
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ of their own, which `test_values_in_the_interpreter` starts; the tests on a GPU 
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -134,7 +135,16 @@ def check_bad_input_is_refused():
             triton_ops.product_sums(other, x)
 
 
+def interpreter_is_broken():
+    """Triton 3.0's interpreter writes nothing to memory with numpy 2."""
+    old = tuple(map(int, version("triton").split(".")[:2])) < (3, 2)
+    return old and int(version("numpy").split(".")[0]) >= 2
+
+
+@pytest.mark.timeout(900)
 def test_values_in_the_interpreter():
+    if interpreter_is_broken():
+        pytest.skip("this Triton's interpreter needs numpy 1; test_ptx.py checks the same values")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "-o", "python_functions=check_*", __file__],

@@ -12,7 +12,8 @@ from mabn_d2.data.digit_scenes import SceneParams, load_sources, render_scene
 
 LAYOUTS = ("roboflow", "coco", "cvat", "label_studio", "json")
 MASKS = ("boxes", "polygons", "rle")
-NAMES = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
+# One of them would be wrong mathematics for matplotlib.
+NAMES = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "$sieben_{$", "acht", "neun"]
 # Without a part to validate on.
 UNDIVIDED = ("cvat", "label_studio", "json")
 # Folder and file name of image i of a part, and how the JSON file spells it.

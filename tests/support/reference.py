@@ -1,6 +1,8 @@
-"""The layer by its formulas in float64, lists for windows: what MABN2d must equal."""
+"""The layer by its formulas in float64: what MABN2d must equal."""
 
 import torch
+
+from mabn_d2.layers.naive import NaiveMABN2d
 
 # Relative to the tensor's largest value; float16 and bfloat16 keep 11 and 8 bits.
 TOLERANCE = {
@@ -33,58 +35,38 @@ def assert_close(actual, expected, dtype=torch.float64, factor=1, scale=None):
     assert (actual - expected).abs().max().item() <= limit
 
 
-def per_channel(x):
-    """(N, C, H, W) -> C lists of N * H * W numbers as (C, N * H * W)."""
-    return x.detach().double().cpu().transpose(0, 1).flatten(1)
-
-
-def as_maps(rows, like):
-    n, c, h, w = like.shape
-    return rows.view(c, n, h, w).transpose(0, 1)
-
-
 class Reference:
-    """Equations of the paper, one iteration after the other; vectors are (C,), on the CPU."""
+    """`NaiveMABN2d` in float64 on the CPU, with the parameters and settings of a MABN2d."""
 
     def __init__(self, layer):
-        self.weight, self.bias = layer.weight.detach().double(), layer.bias.detach().double()
-        self.eps, self.momentum = layer.eps, layer.momentum
-        self.warmup, self.clip_start = layer.warmup_iters, layer.clip_start
-        self.limit, self.relu = layer.clip_limit, layer.activation == "relu"
-        self.t = 0
-        self.running_var = torch.ones_like(self.weight)
-        self.ring_x = [torch.zeros_like(self.weight)] * layer.window
-        self.ring_g = [torch.zeros_like(self.weight)] * layer.window
+        self.naive = NaiveMABN2d(
+            layer.num_features,
+            layer.window,
+            layer.eps,
+            layer.momentum,
+            layer.warmup_iters,
+            layer.clip_start,
+            layer.clip_limit,
+            layer.activation == "relu",
+            torch.float64,
+        )
+        with torch.no_grad():
+            self.naive.weight.copy_(layer.weight)
+            self.naive.bias.copy_(layer.bias)
 
+    running_var = property(lambda self: self.naive.running_var)
+    window_x2 = property(lambda self: self.naive.window_x2)
+    window_gz = property(lambda self: self.naive.window_gz)
+
+    @torch.no_grad()
     def forward(self, x):
         """Return y and what the backward of this very forward needs."""
-        self.t += 1
-        t, m = self.t, len(self.ring_x)
-        rows = per_channel(x)
-        v = self.ring_x[t % m] = (rows * rows).mean(1)
-        if t > m and t >= self.warmup:
-            v = sum(self.ring_x) / m
-        r = torch.ones_like(v)
-        if t > max(self.clip_start, self.warmup):
-            r = (v + self.eps).sqrt() / (self.running_var + self.eps).sqrt()
-            r = r.clamp(1 / self.limit, self.limit)
-        z = rows / (v + self.eps).sqrt()[:, None]
-        y = (self.weight * r)[:, None] * z + self.bias[:, None]
-        positive = y > 0 if self.relu else torch.ones_like(y, dtype=torch.bool)
-        self.running_var = self.momentum * self.running_var + (1 - self.momentum) * v
-        return as_maps(y * positive, x), (t, v, r, z, positive)
+        return self.naive.normalize(x.double().cpu())
 
+    @torch.no_grad()
     def backward(self, kept, dy):
         """Return dx, dweight, dbias."""
-        t, v, r, z, positive = kept
-        m = len(self.ring_g)
-        rows = per_channel(dy) * positive
-        g = rows * (self.weight * r)[:, None]
-        psi = self.ring_g[t % m] = (g * z).mean(1)
-        if t > m and t >= self.warmup:
-            psi = sum(self.ring_g) / m
-        dx = (g - z * psi[:, None]) / (v + self.eps).sqrt()[:, None]
-        return as_maps(dx, dy), (rows * r[:, None] * z).sum(1), rows.sum(1)
+        return self.naive.gradients(kept, dy.double().cpu())
 
 
 def train(layer, iterations=1):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mabn_d2.benchmark import measure
-from mabn_d2.benchmark.norms import FormulaMABN2d
 from mabn_d2.benchmark.run import run_benchmark
 from mabn_d2.commands.benchmark import parse_args
 from mabn_d2.layers import MABN2d
+from mabn_d2.layers.naive import NaiveMABN2d
 from reference import assert_close
 
 FAST = ["--rounds", "2", "--round-seconds", "0", "--threads", "1"]
@@ -100,7 +100,7 @@ def test_memory_peak():
 
 def test_formula_is_the_layer():
     """The rival that the layer's speed is measured against computes the same."""
-    nets = MABN2d(3, clip_start=102), FormulaMABN2d(3, clip_start=102)
+    nets = MABN2d(3, clip_start=102), NaiveMABN2d(3, clip_start=102)
     for _ in range(106):
         x, dy = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
         grads = []
@@ -118,3 +118,14 @@ def test_share_of_the_copy_bandwidth_and_another_baseline():
     assert [bn["norm"], copy["norm"], split["norm"]] == ["mabn", "copy", "mabn_split"]
     assert bn["ratio"] == [1, 1, 1] and "of_copy" not in copy
     assert split["of_copy"] > 0
+
+
+@pytest.mark.slow
+def test_accumulation(tmp_path):
+    """Steps of the published 2x config; the memory of micro-batches is that of one."""
+    arguments = ["--accumulation", "3", "--size", "160", "--batch", "1"]
+    report = benchmark("accumulation", *FAST, *arguments, "--output", f"{tmp_path}/a.json")
+    rows = {row["norm"]: row for row in report["results"]}
+    assert list(rows) == ["micro", "accumulated", "at_once"]
+    assert rows["micro"]["shape"] == (3, 3, 160, 160)
+    assert rows["accumulated"]["peak_bytes"] < rows["at_once"]["peak_bytes"]

@@ -3,6 +3,7 @@
 from .best_checkpoint import BestCheckpoint
 from .draw_predictions import DrawPredictions
 from .early_stopping import EarlyStopping, TrainingStopped
+from .log_slow_iterations import LogSlowIterations
 from .log_statistics import LogStatistics
 from .rank_states import KeepRankStates
 from .recalibrate import RecalibrateMABN
@@ -14,6 +15,7 @@ __all__ = [
     "DrawPredictions",
     "EarlyStopping",
     "KeepRankStates",
+    "LogSlowIterations",
     "LogStatistics",
     "RecalibrateMABN",
     "StopOnSignal",

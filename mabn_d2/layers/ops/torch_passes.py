@@ -133,5 +133,5 @@ def _is_full_precision_on_cpu(x: torch.Tensor) -> bool:
 def _standard(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean (zeros) and variance (ones), (C,) each, that leave x as it is."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    like = {"dtype": dtype, "device": x.device}
-    return torch.zeros(x.shape[1], **like), torch.ones(x.shape[1], **like)
+    zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+    return zeros, torch.ones_like(zeros)

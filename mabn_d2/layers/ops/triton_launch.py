@@ -58,22 +58,21 @@ def current_stream(device: int) -> int:
 
 
 @functools.cache
-def _cuda_launch() -> Callable[..., int]:
-    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    unsigned = ctypes.c_uint
-    function.argtypes = [ctypes.c_void_p, *[unsigned] * 7, *[ctypes.c_void_p] * 3]
-    function.restype = ctypes.c_int
-    return function
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 class _Compiled:
-    """A kernel, compiled for one device and alignment of its tensors, with room for its arguments."""
+    """A kernel, compiled for one device and alignment of its tensors, with room for its arguments.
 
-    def __init__(self, compiled: Any, pointers: int, sizes: Sequence[int]) -> None:
+    Attributes:
+        launch: takes a stream as c_void_p; returns the driver's error, or 0.
+        set_pointers: takes the buffer, 0 and the pointers.
+        lock: to hold from `set_pointers` to `launch`, because threads may share a Launch.
+    """
+
+    def __init__(self, compiled: Any, pointers: int, sizes: Sequence[int], programs: int) -> None:
         self.compiled = compiled  # keeps the module loaded
-        self.function = compiled.function
-        self.threads = compiled.metadata.num_warps * WARP_SIZE
-        self.shared = compiled.metadata.shared
         # Newer Triton adds two pointers to scratch memory, which these kernels do not use.
         layout = f"@{pointers}P{len(sizes)}i0P2P"
         self.buffer = ctypes.create_string_buffer(struct.calcsize(layout))
@@ -84,9 +83,14 @@ class _Compiled:
         places = [8 * k for k in range(pointers)]
         places += [size_at + 4 * k for k in range(len(sizes))]
         places += [scratch_at, scratch_at + 8]
-        self.parameters = (ctypes.c_void_p * len(places))(*(first + place for place in places))
+        parameters = (ctypes.c_void_p * len(places))(*(first + place for place in places))
         self.set_pointers = struct.Struct(f"@{pointers}P").pack_into
-        self.lock = threading.Lock()  # of the buffer: threads may share a launch
+        self.lock = threading.Lock()
+        one, threads = ctypes.c_uint(1), ctypes.c_uint(compiled.metadata.num_warps * WARP_SIZE)
+        grid = ctypes.c_uint(programs), one, one, threads, one, one
+        shared = ctypes.c_uint(compiled.metadata.shared)
+        call, function = _driver().cuLaunchKernel, ctypes.c_void_p(compiled.function)
+        self.launch = lambda stream: call(function, *grid, shared, stream, parameters, None)
 
 
 class Launch:
@@ -127,19 +131,7 @@ class Launch:
             compiled = self._find(tensors, pointers)
         with compiled.lock:
             compiled.set_pointers(compiled.buffer, 0, *pointers)
-            status = _cuda_launch()(
-                compiled.function,
-                self.programs,
-                1,
-                1,
-                compiled.threads,
-                1,
-                1,
-                compiled.shared,
-                stream,
-                compiled.parameters,
-                None,
-            )
+            status = compiled.launch(ctypes.c_void_p(stream))
         if status:
             raise RuntimeError(f"CUDA driver error {status} at the launch of {self.name}")
 
@@ -161,7 +153,7 @@ class Launch:
         key = tuple(pointer % 16 == 0 for pointer in pointers)
         compiled = self._unaligned.get(key)
         if compiled is None:
-            compiled = _Compiled(self._compile(tensors), len(pointers), self.sizes)
+            compiled = _Compiled(self._compile(tensors), len(pointers), self.sizes, self.programs)
             self._unaligned[key] = compiled
             if all(key):
                 self._aligned = compiled

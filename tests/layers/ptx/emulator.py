@@ -107,6 +107,9 @@ def parse(ptx):
     parameters, instructions, labels, in_body = [], [], {}, False
     for line in ptx.splitlines():
         line = line.split("//")[0].strip().replace("\t", " ")
+        # Of older versions: a block of one line with a name for what is not used.
+        if block := re.match(r"\{ \.reg \.b16 (\w+); (.*); \}$", line):
+            line = re.sub(rf"\b{block.group(1)}\b", "_", block.group(2))
         if line.startswith(".param"):
             match = re.match(r"\.param \.(\w+)\s.*?([\w$]+),?$", line)
             parameters.append((match.group(2), match.group(1)))
@@ -150,13 +153,6 @@ class State:
         value = self.registers[predicate[0]]
         return ~value if predicate[1] else value
 
-    def get(self, register, width):
-        """Return a register, or garbage if it was not set: half of a pair may be unused."""
-        value = self.registers.get(register)
-        if value is None:
-            value = _random.integers(0, 1 << width, len(self.all), dtype=UNSIGNED[width])
-        return value
-
     def set(self, register, value, predicate=None):
         if predicate is not None:
             old = self.registers.get(register, 0)
@@ -196,7 +192,7 @@ class Program:
     def _read(self, operand, width):
         """Return a function of a State: the value of a register or constant."""
         if operand.startswith("%"):
-            return lambda s: s.get(operand, width).astype(UNSIGNED[width], copy=False)
+            return lambda s: s.registers[operand].astype(UNSIGNED[width], copy=False)
         if operand.startswith("0f"):
             value = int(operand[2:], 16)
         elif operand == "global_smem":

@@ -1,0 +1,175 @@
+"""A LazyConfig, checked before anything is trained or written.
+
+A LazyConfig file is a program: loading it runs it. Use only files from sources that you trust.
+"""
+
+import os
+import tempfile
+from argparse import Namespace
+
+import torch
+import yaml
+from detectron2.config import LazyConfig, instantiate
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
+
+from ..safe_yaml import load_as_data
+from .errors import ConfigError, did_you_mean, one_line
+from .launch import count_processes
+from .model_check import build_errors, check_weights, quiet
+from .resume import check_output_folder, differences
+
+# Keys of `train`: Detectron2's, those that its default_setup reads, and this package's.
+TRAIN_KEYS = {
+    "output_dir", "init_checkpoint", "max_iter", "amp", "ddp", "checkpointer", "eval_period",
+    "log_period", "device", "seed", "cudnn_benchmark",
+    "mabn", "brn", "statistics", "accumulation_steps", "convert_weights",
+}  # fmt: skip
+NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+_AT_LEAST = {"max_iter": 1, "log_period": 1, "eval_period": 0}
+# What must be the same in a run that is resumed, and why.
+_MUST_STAY = {
+    "model": "its checkpoint would not fit",
+    "optimizer._target_": "the checkpoint has no state of the other optimizer",
+    "dataloader.train.dataset": "the iteration and the schedule are those of the other images",
+}
+
+
+def load_lazy_config(args: Namespace) -> DictConfig:
+    """Return the LazyConfig of Detectron2's command-line arguments; its file is run.
+
+    `train.device` becomes "cpu" with --num-gpus 0 and where there is no GPU.
+
+    Raises:
+        ConfigError: for a file that does not exist, or an override that can't be used.
+    """
+    if not PathManager.isfile(args.config_file):
+        raise ConfigError(
+            f"--config-file is {args.config_file!r}, which does not exist: correct the path"
+        )
+    cfg = LazyConfig.load(args.config_file)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    except Exception as error:  # hydra and omegaconf have many, without a base in common
+        raise ConfigError(f"{' '.join(args.opts)}: {one_line(error, 300)}") from error
+    missing = [name for name in NODES if name not in cfg]
+    if missing:
+        raise ConfigError(
+            f"{args.config_file} has no {', '.join(missing)}: a config needs {', '.join(NODES)}"
+        )
+    if args.num_gpus == 0 or not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    return cfg
+
+
+def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
+    """Check `train`, the model, the weights and the output folder.
+
+    Raises:
+        ConfigError, CheckpointError: naming the key, its value and the remedy.
+    """
+    train = not args.eval_only
+    _check_train(cfg.train)
+    accumulation_steps(cfg, count_processes(args))
+    folder = cfg.train.output_dir
+    if train:
+        resumes = check_output_folder(folder, args.resume, "train.output_dir")
+        if resumes:
+            log_or_refuse_changes(cfg)
+    weights = cfg.train.get("init_checkpoint") or ""
+    resumes = args.resume and PathManager.isfile(f"{folder}/last_checkpoint")
+    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
+        raise ConfigError(
+            f"train.init_checkpoint is {weights!r}, which does not exist: correct the path, or set it "
+            "to '' to start from random weights"
+        )
+    with build_errors(cfg.model, "model."), torch.device("meta"), quiet():
+        model = instantiate(cfg.model)
+    check_weights(
+        model, weights, folder, args.resume, train, cfg.train.get("convert_weights", False),
+        key="train.init_checkpoint",
+    )  # fmt: skip
+
+
+def _check_train(train):
+    for key in train:
+        if key not in TRAIN_KEYS:
+            raise ConfigError(
+                f"train.{key} is unknown{did_you_mean(key, TRAIN_KEYS)}: nothing reads it; use one of "
+                f"{', '.join(sorted(TRAIN_KEYS))}"
+            )
+    for key in ("output_dir", "max_iter", "eval_period", "log_period", "checkpointer"):
+        if key not in train:
+            raise ConfigError(f"train.{key} is missing: give it a value")
+    for key, least in _AT_LEAST.items():
+        value = train[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"train.{key} is {value!r}: give a whole number of at least {least}")
+    period = train.checkpointer.get("period")
+    if not isinstance(period, int) or period < 1:
+        raise ConfigError(
+            f"train.checkpointer.period is {period!r}: give a whole number of at least 1"
+        )
+    try:
+        torch.device(train.device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f'train.device is {train.device!r}, which torch does not know: use "cuda" or "cpu"'
+        ) from error
+
+
+def accumulation_steps(cfg: DictConfig, processes: int | None = None) -> int:
+    """Return train.accumulation_steps, micro-batches in one iteration; 1 if it is not set.
+
+    Args:
+        processes: of the run; None: those that there are now.
+    Raises:
+        ConfigError: if it is no positive whole number, or does not divide the images of a process.
+    """
+    processes = processes or comm.get_world_size()
+    steps = cfg.train.get("accumulation_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(
+            f"train.accumulation_steps is {steps!r}: use 1 for no accumulation, or the number of "
+            "micro-batches in one iteration"
+        )
+    images = cfg.dataloader.train.get("total_batch_size")
+    if images is not None and (images < steps * processes or images % (steps * processes)):
+        raise ConfigError(
+            f"dataloader.train.total_batch_size is {images}, no multiple of {steps} "
+            f"(train.accumulation_steps) times {processes} (processes): change one"
+        )
+    return steps
+
+
+def log_or_refuse_changes(cfg: DictConfig) -> list[str]:
+    """Compare a config with the one in the folder of the run that it resumes.
+
+    Returns:
+        A line for each key that differs, and takes effect.
+    Raises:
+        ConfigError: for what can't change in the middle of a run.
+    """
+    path = f"{cfg.train.output_dir}/config.yaml"
+    if not PathManager.isfile(path):
+        return []
+    try:
+        old = load_as_data(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is no config ({one_line(error, 200)}): name another train.output_dir"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
+        new = load_as_data(os.path.join(folder, "config.yaml"))
+    changes = {key: (was, now) for key, was, now in differences(old, new)}
+    for prefix, reason in _MUST_STAY.items():
+        for key, (was, now) in changes.items():
+            if key == prefix or key.startswith(f"{prefix}."):
+                raise ConfigError(
+                    f"{key} is {now!r}, but the run in train.output_dir {cfg.train.output_dir!r} has "
+                    f"{was!r}: {reason}; name another folder, with train.init_checkpoint the last "
+                    "checkpoint"
+                )
+    return [f"{key} {was} -> {now}" for key, (was, now) in changes.items()]

@@ -1,0 +1,147 @@
+"""Training and evaluation of a model of a LazyConfig, with MABN."""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+from ..checkpoint import SafeCheckpointer
+from ..data.batches import MicroBatches
+from ..data.workers import guard_workers
+from ..modeling.norm import check_paired
+from ..modeling.norm_table import configure_norms_by_name, scale_norm_schedules
+from ..surgery.fuse_relu import fuse_relu
+from .data_check import check_lazy_data
+from .errors import ConfigError, one_line_errors
+from .guarded_trainer import GuardedDDP, GuardedTrainer
+from .hooks import KeepRankStates, LogStatistics, StopOnSignal
+from .hooks.rank_states import restore_rank_states
+from .hooks.recalibrate import recalibrate_converted
+from .lazy_config import (
+    accumulation_steps,
+    check_lazy_config,
+    load_lazy_config,
+    log_or_refuse_changes,
+)
+from .log import share_log
+from .resume import log_changes, warn_if_finished
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """Return the model on train.device, its norms set by train.mabn and train.brn, ReLU fused."""
+    model = instantiate(cfg.model).to(cfg.train.device)
+    check_paired(model)
+    configure_norms_by_name(model, cfg.train)
+    scale_norm_schedules(model, accumulation_steps(cfg))
+    return fuse_relu(model)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """Return the results of dataloader.evaluator on dataloader.test; none without an evaluator."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader = guard_workers(instantiate(cfg.dataloader.test))
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    return results
+
+
+def distribute(
+    model: nn.Module, device: str, fp16_compression: bool = False, **settings: Any
+) -> GuardedDDP:
+    """`detectron2.engine.create_ddp_model` with GuardedDDP, on the CPU too."""
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ConfigError(
+            'the model has "SyncBN", which needs GPUs where several processes train: use "naiveSyncBN"'
+        )
+    model = GuardedDDP(model, device_ids=None if on_cpu else [comm.get_local_rank()], **settings)
+    if fp16_compression:
+        model.register_comm_hook(state=None, hook=fp16_compress_hook)
+    return model
+
+
+def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+    """Train a built model, from train.init_checkpoint or from the last checkpoint."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    bare = model
+    if comm.get_world_size() > 1:
+        model = distribute(model, cfg.train.device, **cfg.train.ddp)
+    loader = guard_workers(instantiate(cfg.dataloader.train))
+    steps = accumulation_steps(cfg)
+    trainer = GuardedTrainer(
+        model, loader, optimizer, amp=cfg.train.amp.enabled, accumulation_steps=steps
+    )
+    checkpointer = SafeCheckpointer(
+        model,
+        cfg.train.output_dir,
+        convert_batch_norm=cfg.train.get("convert_weights", False),
+        trainer=trainer,
+    )
+    trainer.register_hooks(_build_hooks(cfg, bare, trainer, checkpointer))
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start = 0
+    if resume and checkpointer.has_checkpoint():
+        start = trainer.iter + 1
+        warn_if_finished(start, cfg.train.max_iter, "train.max_iter")
+        restore_rank_states(bare, checkpointer.loaded)
+    checkpointer.loaded = {}
+    if checkpointer.converted:
+        apart = guard_workers(instantiate(cfg.dataloader.train))
+        recalibrate_converted(model, MicroBatches(apart, steps))
+    trainer.train(start, cfg.train.max_iter)
+
+
+def _build_hooks(cfg, bare, trainer, checkpointer):
+    main = comm.is_main_process()
+    rank_states = KeepRankStates(bare, checkpointer, cfg.train.checkpointer.period)
+    chosen = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        rank_states,
+        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, trainer.model)),
+        StopOnSignal(checkpointer, rank_states),
+    ]
+    if "statistics" in cfg.train:
+        settings = cfg.train.statistics
+        chosen.insert(0, LogStatistics(bare, grad_scaler=trainer.grad_scaler, **settings))
+    if main:
+        evaluation = next(i for i, h in enumerate(chosen) if isinstance(h, hooks.EvalHook))
+        # The checkpoint before the evaluation, which may fail; metrics after it.
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        chosen.insert(evaluation + 1, hooks.PeriodicWriter(writers, period=cfg.train.log_period))
+        checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+        chosen.insert(evaluation, checkpoints)
+    return chosen
+
+
+def check(args: Namespace) -> None:
+    """Check the config before any process starts, so that an error is said once."""
+    check_lazy_config(load_lazy_config(args), args)
+
+
+@one_line_errors()
+def run(args: Namespace) -> dict[str, Any] | None:
+    """Train or evaluate in one process; return the results of an evaluation."""
+    cfg = load_lazy_config(args)
+    check_lazy_data(cfg, train=not args.eval_only)  # before default_setup writes to output_dir
+    changes = log_or_refuse_changes(cfg) if args.resume and not args.eval_only else []
+    comm.synchronize()  # all have read config.yaml before it is written
+    default_setup(cfg, args)
+    share_log()
+    if comm.is_main_process():
+        log_changes(changes, "the last checkpoint's")
+    model = build_model(cfg)
+    if not args.eval_only:
+        return train(cfg, model, args.resume)
+    checkpointer = SafeCheckpointer(model, cfg.train.output_dir, complete=True)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    return evaluate(cfg, model)

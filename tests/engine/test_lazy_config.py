@@ -1,0 +1,80 @@
+"""Mistakes in a LazyConfig are one line, before anything is trained or written."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+from test_lazy import USERS
+
+from mabn_d2 import CheckpointError
+from mabn_d2.engine import ConfigError
+from mabn_d2.engine.lazy_config import load_lazy_config, log_or_refuse_changes
+from mabn_d2.engine.lazy_trainer import check
+from paths import ROOT
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "users.py"
+    twin = str(ROOT / "configs/lazy/scratch_mask_rcnn_R50_FPN_mabn_2x.py")
+    path.write_text(USERS.format(twin=twin, output=str(tmp_path / "output")))
+    return path
+
+
+def arguments(config, *opts, resume=False, eval_only=False):
+    return Namespace(config_file=str(config), opts=list(opts), num_gpus=0, num_machines=1,
+                     resume=resume, eval_only=eval_only)  # fmt: skip
+
+
+@pytest.mark.parametrize("options, message", [
+    (["train.max_itr=5"], r"train.max_itr is unknown \(did you mean max_iter\?\)"),
+    (["train.max_iter=0"], "train.max_iter is 0: give a whole number of at least 1"),
+    (["train.checkpointer.period=0"], "train.checkpointer.period is 0"),
+    (["train.init_checkpoint=no.pth"], "train.init_checkpoint is 'no.pth', which does not exist"),
+    (["train.accumulation_steps=4"], "dataloader.train.total_batch_size is 2, no multiple of 4"),
+    (["model.roi_heads.num_clases=3"], "no model can be built from the config.*num_clases"),
+    (["model.backbone.bottom_up.stem.norm=MABM"], "MABM"),
+])  # fmt: skip
+def test_mistakes(config, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        check(arguments(config, *options))
+    assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
+
+
+def test_missing_file_and_evaluation_without_weights(config, tmp_path):
+    with pytest.raises(ConfigError, match="--config-file is .*no.py', which does not exist"):
+        check(arguments(tmp_path / "no.py"))
+    with pytest.raises(ConfigError, match="train.init_checkpoint is '', but --eval-only needs"):
+        check(arguments(config, eval_only=True))
+
+
+def test_weights_of_another_norm(config, tmp_path):
+    path = tmp_path / "bn.pth"
+    stem = "backbone.bottom_up.stem.conv1"
+    state = {f"{stem}.norm.{entry}": torch.ones(64) for entry in
+             ("weight", "bias", "running_mean", "running_var")}  # fmt: skip
+    torch.save({"model": {f"{stem}.weight": torch.ones(64, 3, 7, 7), **state}}, path)
+    with pytest.raises(CheckpointError, match="train.init_checkpoint: .*BatchNorm where .* MABN"):
+        check(arguments(config, f"train.init_checkpoint={path}"))
+    check(arguments(config, f"train.init_checkpoint={path}", "train.convert_weights=True"))
+    assert not (tmp_path / "output").exists()
+
+
+def test_folder_of_another_run(config, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_final.pth")
+    with pytest.raises(
+        ConfigError, match="train.output_dir .* holds the checkpoints of a run: add"
+    ):
+        check(arguments(config))
+    cfg = load_lazy_config(arguments(config))
+    LazyConfig.save(cfg, str(output / "config.yaml"))
+    assert log_or_refuse_changes(cfg) == []
+    changes = log_or_refuse_changes(load_lazy_config(arguments(config, "optimizer.lr=0.5")))
+    assert changes == ["optimizer.lr 0.001 -> 0.5"]
+    for option in ("model.roi_heads.num_classes=3", "dataloader.train.dataset.names=small_scenes_val",
+                   "optimizer._target_=torch.optim.AdamW"):  # fmt: skip
+        with pytest.raises(ConfigError, match=option.partition("=")[0]):
+            log_or_refuse_changes(load_lazy_config(arguments(config, option)))
