@@ -47,12 +47,7 @@ def write_dataset(folder: Path, num_images: int, num_annotations: int) -> tuple[
         }
         for i in range(num_images)
     ]  # fmt: skip
-    annotations = [
-        _annotation(rng, i, int(image))
-        for i, image in enumerate(
-            tqdm(rng.integers(num_images, size=num_annotations), "annotations", mininterval=1)
-        )
-    ]
+    annotations = _annotations(rng, num_images, num_annotations)
     categories = [{"supercategory": "s", "id": i + 1, "name": f"class {i}"} for i in range(80)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     good, bad = folder / "good.json", folder / "bad.json"
@@ -76,29 +71,33 @@ def _write_images(folder, count):
             os.link(source, path)
 
 
-def _annotation(rng, i, image):
+def _annotations(rng, num_images, count):
     """One in 90 is a crowd region with an RLE; the others have one or two polygons, as COCO's do."""
-    x, y = rng.random(2) * (500, 350)
-    width, height = rng.random(2) * (139, 129) + 1
-    if i % 90 == 0:
-        runs = [272, 2, 4, 4, 4, 4, 2, 9, 1, 2, 16, 43, 143, 24] * 8
-        masks = {"counts": [*runs, SIZE[0] * SIZE[1] - sum(runs)], "size": [SIZE[1], SIZE[0]]}
-    else:
-        masks = [
-            np.round(rng.random((int(rng.integers(4, 38)), 2)) * (width, height) + (x, y), 2)
-            .ravel()
-            .tolist()
-            for _ in range(1 + (i % 5 == 0))
-        ]
-    return {
-        "segmentation": masks,
-        "area": round(width * height, 5),
-        "iscrowd": int(i % 90 == 0),
-        "image_id": image,
-        "bbox": [round(float(v), 2) for v in (x, y, width, height)],
-        "category_id": i % 80 + 1,
-        "id": 900_000 + i,
-    }
+    numbers = np.arange(count)
+    polygons = np.where(numbers % 90 == 0, 0, 1 + (numbers % 5 == 0))
+    corners = rng.random((count, 2)) * (500, 350)
+    sizes = rng.random((count, 2)) * (139, 129) + 1
+    lengths = rng.integers(4, 38, polygons.sum())
+    owners = np.repeat(np.repeat(numbers, polygons), lengths)
+    points = np.round(rng.random((lengths.sum(), 2)) * sizes[owners] + corners[owners], 2)
+    parts = iter(np.split(points.ravel(), 2 * np.cumsum(lengths)[:-1]))
+    boxes = np.round(np.concatenate([corners, sizes], 1), 2).tolist()
+    areas = np.round(sizes.prod(1), 5).tolist()
+    images = rng.integers(num_images, size=count).tolist()
+    runs = [272, 2, 4, 4, 4, 4, 2, 9, 1, 2, 16, 43, 143, 24] * 8
+    rle = {"counts": [*runs, SIZE[0] * SIZE[1] - sum(runs)], "size": [SIZE[1], SIZE[0]]}
+    return [
+        {
+            "segmentation": [next(parts).tolist() for _ in range(polygons[i])] or rle,
+            "area": areas[i],
+            "iscrowd": int(i % 90 == 0),
+            "image_id": images[i],
+            "bbox": boxes[i],
+            "category_id": i % 80 + 1,
+            "id": 900_000 + i,
+        }
+        for i in tqdm(range(count), "annotations", mininterval=1)
+    ]
 
 
 def read(reader: str, json_file: str, image_root: str) -> dict:
