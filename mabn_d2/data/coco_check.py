@@ -476,22 +476,25 @@ class _Annotations:
             filled[name] += 1
             self.findings.edits.append(Edit("annotations", position, name, value))
 
-        bad = {problem.position for problem in self.findings.problems}
+        problems = self.findings.problems
+        bad = {p.position for p in problems if p.key == "annotations"}
         ids = [annotation["id"] for annotation in self.annotations]
         # pycocotools stores the id of the object that a detection matches in an array of numbers,
         # where 0 means none.
         renumber = any(type(i) is not int or i == 0 for i in ids)
         for position, annotation in enumerate(self.annotations):
+            if renumber:
+                self.findings.edits.append(Edit("annotations", position, "id", position + 1))
+            if position in bad:
+                continue
             if annotation.get("iscrowd") is None:
                 fill(position, "iscrowd", 0)
-            if position not in bad and not _is_number(annotation.get("area")):
+            if not _is_number(annotation.get("area")):
                 size = int(self.heights[position]), int(self.widths[position])
                 fill(position, "area", _area(annotation, self.kinds[position], size))
             if annotation.get("keypoints") and annotation.get("num_keypoints") is None:
                 visible = sum(v > 0 for v in annotation["keypoints"][2::3])
                 fill(position, "num_keypoints", visible)
-            if renumber:
-                self.findings.edits.append(Edit("annotations", position, "id", position + 1))
         if filled:
             counts = ", ".join(f"{name} of {n}" for name, n in filled.items())
             self.findings.notes.append(
@@ -501,17 +504,20 @@ class _Annotations:
     def _count(self):
         """Fill the summary with what is left after the edits."""
         summary = self.findings.summary
-        left_out = {problem.position for problem in self.findings.problems}
+        problems = self.findings.problems
+        left_out = {p.position for p in problems if p.key == "annotations"}
         left_out |= set(self.dropped)
+        images = set()
         for position, annotation in enumerate(self.annotations):
-            if left_out and position in left_out:
-                continue
+            if position in left_out or not self.heights[position]:
+                continue  # with its image
             kind = self.kinds[position]
             if annotation.get("iscrowd"):
                 summary.crowds += 1
                 summary.crowds_without_mask += kind == NO_MASK
                 continue
             summary.objects += 1
+            images.add(int(self.image_of[position]))
             if kind == POLYGONS:
                 summary.objects_with_mask += 1
             elif kind == RLE:
@@ -527,6 +533,8 @@ class _Annotations:
                 summary.keypoint_counts[len(points) // 3] += 1
             elif not summary.no_keypoints:
                 summary.no_keypoints = f"annotation {annotation['id']}"
+        bad_images = {p.position for p in problems if p.key == "images"}
+        summary.images_with_objects = len(images - bad_images)
 
 
 def _is_number(value):

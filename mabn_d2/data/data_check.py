@@ -24,7 +24,8 @@ from .requirements import DataRequirements, unique
 
 SECONDS_TO_SPEAK = 5.0  # for the process that prints an error, before the others end
 
-_checked: dict[DataRequirements, list] = {}  # the state of the datasets when they were checked
+# The state of the datasets when they were checked, and how many images are trained on.
+_checked: dict[DataRequirements, tuple[list, dict[str, int]]] = {}
 _folders: list[TemporaryDirectory] = []  # of copies; removed when this process ends
 
 
@@ -36,19 +37,23 @@ class _Outcome:
         error: why the data can't be used, or None.
         files: the COCO file of each training set.
         copies: JSON files and the corrected copies that take their places.
+        images: how many images of each training set are trained on.
     """
 
     error: DataError | None = None
     files: dict[str, CheckedFile] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
 
 
-def check_requirements(wanted: DataRequirements) -> None:
+def check_requirements(wanted: DataRequirements) -> dict[str, int]:
     """Check the datasets of a config; all processes must call this together.
 
     Doubtful data is logged as a warning. Training sets are kept as they were parsed until Detectron2
     reads them. A check with the same requirements is not repeated while the datasets stay the same.
 
+    Returns:
+        How many images of each training set are trained on; without sets that are not known.
     Raises:
         DataError: if the data can't be used or contradicts the config. Its `said_elsewhere` is True
             if another process reports it.
@@ -73,14 +78,15 @@ def check_requirements(wanted: DataRequirements) -> None:
             CheckedDataset(registered_function(name), file).replace(name)
         for path, copy in own.copies.items():
             read_copy_instead(path, copy)
+    return own.images
 
 
 def _check_here(wanted, share):
     """Check in this process, and return what the others need."""
     _check_names(wanted)
-    state = _state(wanted)
-    if _checked.get(wanted) == state:
-        return _Outcome()
+    state, images = _checked.get(wanted, (None, {}))
+    if state == _state(wanted):
+        return _Outcome(images=images)
     reader = DatasetReader(wanted)
     reader.read()
     notes = [*reader.notes, *compare(wanted, reader.summaries)]
@@ -101,7 +107,11 @@ def _check_here(wanted, share):
             dataset.replace(name)
     for note in notes:
         logging.getLogger(__name__).warning(note)
-    _checked[wanted] = _state(wanted)
+    for name in reader.train:
+        if (summary := reader.summaries.get(name)) is not None:
+            filtered = wanted.filter_empty.value and summary.annotated
+            outcome.images[name] = summary.images_with_objects if filtered else summary.images
+    _checked[wanted] = _state(wanted), outcome.images
     return outcome
 
 

@@ -11,6 +11,7 @@ class DatasetSummary:
     Attributes:
         source: the file or the registered name, for messages.
         classes: names in the order of the model's classes; None if the dataset does not say.
+        images_with_objects: those that Detectron2 keeps if FILTER_EMPTY_ANNOTATIONS is True.
         annotated: False for a file that lists images only, as COCO's test sets do.
         objects_with_mask, objects_with_rle, objects_with_keypoints: counts of objects.
         crowds_without_mask: count of crowd annotations.
@@ -22,6 +23,7 @@ class DatasetSummary:
     source: str
     classes: list[str] | None = None
     images: int = 0
+    images_with_objects: int = 0
     annotated: bool = True
     objects: int = 0
     crowds: int = 0
@@ -41,7 +43,9 @@ def summarize_records(records: list[dict], source: str, classes: list[str] | Non
     summary = DatasetSummary(source, classes, images=len(records))
     summary.annotated = any("annotations" in record for record in records)
     for record in records:
-        for position, annotation in enumerate(record.get("annotations", ())):
+        annotations = record.get("annotations", ())
+        summary.images_with_objects += any(not a.get("iscrowd", 0) for a in annotations)
+        for position, annotation in enumerate(annotations):
             name = f"annotation {position} of {record.get('file_name', record.get('image_id'))}"
             masks = annotation.get("segmentation")
             has_mask = masks is not None and len(masks) > 0

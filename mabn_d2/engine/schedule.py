@@ -25,6 +25,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 
 from ..config import AUTO
+from ..data.data_check import check_requirements
+from ..data.requirements import DataRequirements
 from .errors import ConfigError
 
 
@@ -57,6 +59,7 @@ def training_images(cfg: CfgNode) -> int:
 
     Raises:
         ConfigError: if DATASETS.TRAIN is empty or names a dataset that is not registered.
+        DataError: if the data can't be used or contradicts the config.
     """
     names = cfg.DATASETS.TRAIN
     if not names:
@@ -69,6 +72,9 @@ def training_images(cfg: CfgNode) -> int:
                 f"DATASETS.TRAIN names {name!r}, which is not registered: use one of "
                 f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
             )
+    counts = check_requirements(DataRequirements.from_cfg(cfg))
+    if all(name in counts for name in names):
+        return sum(counts[name] for name in names)
     records = get_detection_dataset_dicts(
         names,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,

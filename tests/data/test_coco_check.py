@@ -285,7 +285,8 @@ def test_any_value_anywhere(tmp_path_factory, path, value):
     file = str(folder / "instances.json")
     try:
         content = json.loads(json.dumps(edit(path, value)))
-        check(folder, content, skip=True)
+        for evaluation in (False, True):
+            check(folder, content, skip=True, evaluation=evaluation)
         found = inspect(content, file, str(folder))
         left_out = [Edit(p.key, p.position, None) for p in found.problems]
         apply_edits(content, [*found.edits, *left_out])

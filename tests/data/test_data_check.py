@@ -15,8 +15,10 @@ from PIL import Image
 from coco_datasets import CLASSES, SIZE, annotations_of, make_dataset, read_rectangles, registered
 from coco_datasets import rle as rle_of
 from mabn_d2.data import DataError
+from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import ConfigError, Trainer, check_data
 from mabn_d2.engine.errors import ONE_LINE
+from mabn_d2.engine.schedule import training_images
 
 
 @pytest.fixture
@@ -306,7 +308,7 @@ def test_warned(name, cfg, data, tmp_path, caplog):
     change, expected = WARNED[name]
     change(data, cfg)
     check(cfg, tmp_path, data)
-    warnings = [r.message for r in caplog.records if r.name.startswith("mabn_d2")]
+    warnings = {r.message for r in caplog.records if r.name.startswith("mabn_d2")}
     expected = expected.replace("{val}", f"{tmp_path.name}_val")
     assert warnings and all(re.search(expected, text) for text in warnings)
     assert len(warnings) <= 2
@@ -603,6 +605,22 @@ def test_file_is_parsed_once(cfg, data, tmp_path, monkeypatch):
         monkeypatch.undo()
         file = str(tmp_path / "train.json")
         assert records == load_coco_json(file, str(tmp_path / "train"), names["train"])
+
+
+def test_images_are_counted(cfg, data, tmp_path):
+    """The number that the length of the training follows from is what the loader has."""
+    data["train"]["annotations"][0]["bbox"] = [500, 0, 5, 5]
+    data["train"]["annotations"][1]["iscrowd"] = 1  # image 1 has no object left
+    data["train"]["annotations"][1]["segmentation"] = rle_of(
+        data["train"]["annotations"][1]["bbox"]
+    )
+    data["train"]["images"][1]["file_name"] = "missing.png"
+    cfg.DATALOADER.BAD_INPUT = "skip"
+    with registered(tmp_path, data) as names:
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names["train"],), ()
+        assert training_images(cfg) == 4 == len(build_train_loader(cfg).dataset)
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+        assert training_images(cfg) == 5 == len(build_train_loader(cfg).dataset)
 
 
 def test_a_changed_file_is_checked_again(cfg, data, tmp_path):

@@ -16,6 +16,10 @@ from paths import ROOT
 NAMES = ("mask_rcnn", "faster_rcnn", "retinanet")
 
 
+# What the digit scenes need.
+DIGITS = ["MODEL.ROI_HEADS.NUM_CLASSES", 10, "INPUT.MASK_FORMAT", "bitmask"]
+
+
 def own_data(name="mask_rcnn", *opts):
     return read_config(str(ROOT / f"configs/own_data_{name}_R50_FPN_mabn.yaml"), list(opts))
 
@@ -105,7 +109,7 @@ def test_other_configs_stay_as_they_are():
     ],
 )
 def test_errors(opts, message, small_scenes):
-    cfg = own_data("mask_rcnn", "DATASETS.TRAIN", ("small_scenes_train",), *opts)
+    cfg = own_data("mask_rcnn", "DATASETS.TRAIN", ("small_scenes_train",), *DIGITS, *opts)
     with pytest.raises(ConfigError, match=message):
         finalize_schedule(cfg)
     finalize_schedule(own_data("mask_rcnn"), train=False)  # an evaluation has no length
@@ -155,6 +159,7 @@ def test_the_saved_config_repeats_the_run(tmp_path, small_scenes):
     arguments = {"num_gpus": 0, "num_machines": 1, "resume": False, "eval_only": False}
     config = str(ROOT / "configs/own_data_mask_rcnn_R50_FPN_mabn.yaml")
     opts = ["DATASETS.TRAIN", "('small_scenes_train',)", "OUTPUT_DIR", str(tmp_path / "run")]
+    opts += map(str, DIGITS)
     first = setup_config(SimpleNamespace(config_file=config, opts=opts, **arguments))
     assert first.SOLVER.MAX_ITER == 60 * 24 / 8
     saved = tmp_path / "config.yaml"
