@@ -14,7 +14,6 @@ from .network_input import to_input
 from .processes import reduce_sum
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable, args: Namespace, device: torch.device) -> dict:
     """Return top-1 and top-5 errors, counted exactly over all ranks.
 
@@ -31,7 +30,27 @@ def evaluate(model: nn.Module, loader: Iterable, args: Namespace, device: torch.
         ImagesError: if no image can be read.
     """
     model.eval()
-    right1, right5, count, bad = 0, 0, 0, []
+    *sums, bad = count_correct(model, loader, args, device)
+    model.train()
+    # Not in inference mode: collectives of torch < 2.5 need ordinary tensors.
+    correct1, correct5, count = reduce_sum(sums, device)
+    bad = [path for paths in comm.all_gather(bad) for path in paths]
+    if not count:
+        raise ImagesError("no image of val/ can be read")
+    errors = {
+        "top1_error": 100 * (1 - correct1 / count),
+        "top5_error": 100 * (1 - correct5 / count),
+    }
+    return {**errors, "images": int(count), "bad_images": len(bad), "bad_paths": bad}
+
+
+@torch.inference_mode()
+def count_correct(
+    model: nn.Module, loader: Iterable, args: Namespace, device: torch.device
+) -> tuple[int, int, int, list[str]]:
+    """Return this rank's images that are right at first, right among five, all, and bad paths."""
+    correct1, correct5 = torch.zeros(2, dtype=torch.int64, device=device)
+    count, bad = 0, []
     hidden = dist.is_initialized() and dist.get_rank() > 0
     for images, labels, bad_paths, _ in tqdm(loader, "test", leave=False, disable=hidden or None):
         bad += bad_paths
@@ -40,12 +59,7 @@ def evaluate(model: nn.Module, loader: Iterable, args: Namespace, device: torch.
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             scores = model(to_input(images, args, device))
         best = scores.topk(min(5, scores.shape[1]), 1).indices == labels.to(device)[:, None]
-        right1, right5 = right1 + best[:, 0].sum(), right5 + best.sum()
+        correct1 += best[:, 0].sum()
+        correct5 += best.sum()
         count += len(labels)
-    sum1, sum5, total = reduce_sum([right1, right5, count], device)
-    bad = [path for paths in comm.all_gather(bad) for path in paths]
-    model.train()
-    if not total:
-        raise ImagesError("no image of val/ can be read")
-    errors = {"top1_error": 100 * (1 - sum1 / total), "top5_error": 100 * (1 - sum5 / total)}
-    return {**errors, "images": int(total), "bad_images": len(bad), "bad_paths": bad}
+    return int(correct1), int(correct5), count, bad

@@ -12,6 +12,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,7 +183,7 @@ def train_missing(args: Namespace, rows: list[dict[str, str]], path: Path) -> li
             while runs or futures:
                 while runs and len(futures) < jobs:  # no more, so that none begins after a signal
                     run = runs.pop(0)
-                    futures[pool.submit(train, *run, threads=threads, commit=version)] = run
+                    futures[pool.submit(partial(train, *run, threads, version))] = run
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     *_, norm, size, seed = futures.pop(future)
                     ended += 1

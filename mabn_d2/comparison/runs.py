@@ -6,6 +6,7 @@ import statistics
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import yaml
@@ -103,7 +104,7 @@ def train(args: Namespace, row: str, seed: int) -> None:
         "device": cfg.MODEL.DEVICE,
         "torch": torch.__version__,
     }
-    model = getattr(trainer.model, "module", trainer.model)
+    model: Any = getattr(trainer.model, "module", trainer.model)
     draw_predictions(cfg, model, Path(cfg.OUTPUT_DIR) / "predictions.png")
     with atomic_file(result_file(cfg)) as file:
         file.write(json.dumps(result, indent=1).encode())

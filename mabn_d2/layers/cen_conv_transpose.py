@@ -1,5 +1,7 @@
 """Transposed convolution with zero-centred filters."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,16 +23,14 @@ class CenConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        # torch annotates these tuples as lists and strings.
+        stride, padding, kernel, dilation = cast(
+            Any, (self.stride, self.padding, self.kernel_size, self.dilation)
         )
+        output_padding = self._output_padding(
+            input, output_size, stride, padding, kernel, 2, dilation
+        )
+        weight = center_transposed_weight(self.weight, self.groups)
         return F.conv_transpose2d(
-            input,
-            center_transposed_weight(self.weight, self.groups),
-            self.bias,
-            self.stride,
-            self.padding,
-            output_padding,
-            self.groups,
-            self.dilation,
+            input, weight, self.bias, stride, padding, output_padding, self.groups, dilation
         )

@@ -42,7 +42,7 @@ def mabn_like(norm: nn.Module, settings: dict[str, Any]) -> nn.Module:
         raise ValueError("it has no weight (affine=False), which MABN always has")
     settings = {"eps": levels[0].eps} | settings
     split = bool(settings.pop("split_batch", False))
-    like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    like: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
     new: nn.Module
     if act:
         cls = SplitMABNAct2d if split else MABNAct2d

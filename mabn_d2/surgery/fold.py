@@ -160,7 +160,7 @@ def _frozen(norm: MABN2d) -> nn.Module:
 
 
 def _batch_norm(norm: MABN2d) -> nn.Module:
-    like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    like: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
     behind = _behind(norm)
     stock = nn.BatchNorm2d(norm.num_features, norm.eps, **like)
     if isinstance(norm, MABNAct2d):

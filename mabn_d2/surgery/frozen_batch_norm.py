@@ -6,11 +6,17 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 
-class FrozenActMixin:
+class FrozenActMixin(nn.Module):
     """A FrozenBatchNorm2d followed by children `drop` and `act`, for a norm with an activation.
 
     The forward is written out, because TorchScript does not know `super()`.
     """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    eps: float
 
     def __init__(self, num_features: int, eps: float, drop: nn.Module, act: nn.Module) -> None:
         super().__init__(num_features, eps)
