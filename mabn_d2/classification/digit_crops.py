@@ -1,8 +1,8 @@
-"""Digit crops: a classification dataset made of real images in seconds, in ImageFolder's layout.
+"""Digit crops: a classification dataset of real images that is made in seconds, as ImageFolder's layout.
 
-Each image is a scene of `digit_scenes.py` with one digit: a handwritten digit, enlarged, rotated and
-coloured, on a crop of a photo, under light and a colour cast that differ from image to image. Train
-and val share no digit and no photo column. Batch statistics of few such images are noisy.
+Each image is a scene of `digit_scenes.py` with one handwritten digit, enlarged, rotated and coloured, on
+a crop of a photo. Light and colour cast differ from image to image, so the statistics of few images are
+noisy. Train and val share no digit and no photo column.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.digit_scenes import SPLITS, SceneParams, load_sources, render_scene
 
-VERSION = 1  # to be raised whenever the same parameters give other files
+VERSION = 1  # raise it if the same parameters give other files
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class CropParams(SceneParams):
     cast_sigma: float = 0.1
 
 
-def make_digit_crops(folder, params=CropParams()):
-    """Make the dataset in `folder` unless it is there, whole or not at all, and return the path.
+def make_digit_crops(folder: str | Path, params: CropParams = CropParams()) -> Path:
+    """Make the dataset in `folder` if it is missing, whole or not at all, and return the path.
 
     Writes `{train,val}/{0-9}/*.png` and `dataset.json`. An image depends on its number, split, seed
     and parameters, not on how many there are.
 
     Raises:
-        ValueError: if `folder` is there and is not this dataset.
+        ValueError: if `folder` exists and is not this dataset.
     """
     folder = Path(folder)
-    # Through JSON, which turns tuples into lists, so that it equals what is read back.
+    # Through JSON, which turns tuples into lists, so it can be compared with the file.
     description = json.loads(json.dumps({"crops": VERSION, **asdict(params)}))
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside `folder`, so that the rename stays on one file system and is atomic.
+        # Beside `folder`: a rename within one file system is atomic.
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             whole = Path(scratch) / folder.name
             for split in SPLITS:
@@ -53,7 +53,7 @@ def make_digit_crops(folder, params=CropParams()):
             (whole / "dataset.json").write_text(json.dumps(description, indent=1))
             try:
                 os.rename(whole, folder)
-            except OSError:  # another process was first, if its folder is there
+            except OSError:  # if the folder exists, another process was faster
                 if not folder.is_dir():
                     raise
     try:
@@ -62,7 +62,7 @@ def make_digit_crops(folder, params=CropParams()):
         found = error
     if found != description:
         raise ValueError(
-            f"{folder} holds something else than these digit crops: remove it, or name another folder"
+            f"{folder} is not this dataset of digit crops: remove it, or name another folder"
         )
     return folder
 

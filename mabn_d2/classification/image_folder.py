@@ -1,6 +1,7 @@
-"""Folders of images for classification: transforms, bad files, batches that resume exactly."""
+"""Image folders for classification: transforms, bad files, batches that resume exactly."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +17,44 @@ from ..data.workers import end_with_parent
 class ImagesError(ValueError):
     """One line that names the folder or file, what is wrong and what to do."""
 
-    def __init__(self, message):
-        # A loader process hands on its whole traceback, which ends with the line.
+    def __init__(self, message: str):
+        # An error of a loader process carries its whole traceback, which ends with this line.
         super().__init__(message.strip().rpartition("ImagesError: ")[2])
 
 
-def read_image(path):
-    """Return the file as a PIL image in RGB; levels of 16 bits are scaled to 8, not clipped."""
+def read_image(path: str | Path) -> Image.Image:
+    """Return the file as a PIL image in RGB; 16 bits are scaled to 8 bits, not clipped."""
     with Image.open(path) as image:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 
-def train_transform(size, augment=True):
-    """Return PIL image -> (3, size, size) uint8: random crop and flip, or only resized."""
+def train_transform(size: int, augment: bool = True) -> Callable:
+    """Return a transform, PIL image -> (3, size, size) uint8: random crop and flip, or only resized."""
     random = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     return v2.Compose([*(random if augment else [v2.Resize((size, size))]), v2.PILToTensor()])
 
 
-def val_transform(size, resize):
-    """Return PIL image -> (3, size, size) uint8: the shorter side to `resize`, its centre."""
+def val_transform(size: int, resize: int) -> Callable:
+    """Return a transform, PIL image -> (3, size, size) uint8: resize the shorter side, crop the centre."""
     return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 class Images(torch.utils.data.Dataset):
-    """The images of `folder`/<class>/*, under keys of (index, seed).
+    """The images of `folder`/<class>/*. A key is (index, seed).
 
     Args:
-        transform: PIL image -> (3, H, W) uint8; torch's random numbers in it come from the key's seed.
-        bad: for files that can't be decoded; "error"; "next", the next image that can be takes its
-            place; or "drop", the batch has one image less.
+        folder: has one folder for each class.
+        transform: PIL image -> (3, H, W) uint8. Its random numbers come from the key's seed.
+        bad: what happens to a file that can't be decoded. "error": an ImagesError. "next": the next
+            readable image replaces it. "drop": the batch has one image less.
 
     Raises:
-        ImagesError: for a folder that is missing or has no classes, or a class without images.
+        ImagesError: if the folder is missing or has no classes, or if a class has no images.
     """
 
-    def __init__(self, folder, transform, bad):
+    def __init__(self, folder: Path, transform: Callable, bad: str):
         if not Path(folder).is_dir():
             raise ImagesError(f"there is no folder {folder}: --data needs train/ and val/")
         try:
@@ -62,16 +64,20 @@ class Images(torch.utils.data.Dataset):
         self.transform, self.bad = transform, bad
 
     @property
-    def classes(self):
+    def classes(self) -> list[str]:
+        """The names of the classes, sorted."""
         return self.images.classes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key):
-        """Return (image or None, label, paths of bad files, seconds it took)."""
+    def __getitem__(
+        self, key: tuple[int, int]
+    ) -> tuple[torch.Tensor | None, int, list[str], float]:
+        """Return (image or None, label, paths of bad files, seconds that reading took)."""
         index, seed = key
-        start, bad = time.perf_counter(), []
+        start = time.perf_counter()
+        bad: list[str] = []
         while len(bad) < len(self):
             path, label = self.images.samples[(index + len(bad)) % len(self)]
             try:
@@ -80,21 +86,21 @@ class Images(torch.utils.data.Dataset):
                 if self.bad == "error":
                     reason = " ".join(str(error).split()) or type(error).__name__
                     raise ImagesError(
-                        f"{path} can't be read ({reason}): mend or remove it"
+                        f"{path} can't be read ({reason}): repair or remove it"
                     ) from error
                 bad.append(path)
                 if self.bad == "drop":
                     return None, label, bad, time.perf_counter() - start
             else:
-                # torchvision's transforms draw from this generator alone.
+                # torchvision's transforms use this generator only.
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed)
                     return self.transform(image), label, bad, time.perf_counter() - start
         raise ImagesError(f"none of the {len(self)} images of {self.images.root} can be read")
 
 
-def collate(samples):
-    """Return images (N, 3, H, W) uint8, labels (N,), paths of bad files, the images' seconds."""
+def collate(samples: Sequence[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[str], float]:
+    """Return images (N, 3, H, W) uint8, labels (N,), paths of bad files, seconds of reading."""
     good = [(image, label) for image, label, *_ in samples if image is not None]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 1, 1)
     labels = torch.tensor([label for _, label in good])
@@ -102,23 +108,35 @@ def collate(samples):
 
 
 class ShuffledBatches:
-    """Endless batches of (index, seed), whose content depends on seed and iteration alone.
+    """Endless batches of (index, seed) that depend on the seed and the iteration only.
 
-    Each pass over the data is shuffled anew; a batch may reach into the next pass. Over all ranks
-    every image comes once a pass.
+    Each pass over the data has a new order. A batch may contain the end of one pass and the start of
+    the next. In a pass each image occurs once over all ranks.
 
     Args:
         length: images of the dataset.
         batch_size: images of this rank in one iteration.
+        seed: of the order and of the images' random changes.
+        rank: of this process.
+        world_size: number of processes.
         start: the first iteration.
     """
 
-    def __init__(self, length, batch_size, seed, rank=0, world_size=1, start=0):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.start = rank, world_size, start
 
-    def __iter__(self):
-        iteration, order, shuffled = self.start, None, None
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        iteration, shuffled = self.start, -1  # the pass that `order` is of
+        order = np.empty(0, np.int64)
         while True:
             first = (iteration * self.world_size + self.rank) * self.batch_size
             keys = []
@@ -132,7 +150,15 @@ class ShuffledBatches:
             iteration += 1
 
 
-def build_train_loader(images, batch_size, seed, start=0, workers=0, rank=0, world_size=1):
+def build_train_loader(
+    images: Images,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> torch.utils.data.DataLoader:
     """Return an endless loader of what `collate` returns, from iteration `start` on."""
     return torch.utils.data.DataLoader(
         images,
@@ -141,13 +167,15 @@ def build_train_loader(images, batch_size, seed, start=0, workers=0, rank=0, wor
         collate_fn=collate,
         worker_init_fn=end_with_parent,
         pin_memory=torch.cuda.is_available(),
-        # Its own, for the workers' seeds: starting them must not draw from the model's.
+        # Of its own: the start of the workers must not change the model's random numbers.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def build_val_loader(images, batch_size, workers=0, rank=0, world_size=1):
-    """Return a loader of this rank's share of all images: each belongs to exactly one rank."""
+def build_val_loader(
+    images: Images, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1
+) -> torch.utils.data.DataLoader:
+    """Return a loader of this rank's share of the images; each image belongs to one rank."""
     keys = [(index, 0) for index in range(rank, len(images), world_size)]
     return torch.utils.data.DataLoader(
         images,
@@ -160,8 +188,8 @@ def build_val_loader(images, batch_size, workers=0, rank=0, world_size=1):
     )
 
 
-def check_classes(train, val):
-    """Raise ImagesError if both Images have not the same classes."""
+def check_classes(train: Images, val: Images) -> None:
+    """Raise ImagesError if the classes differ."""
     for first, second in ((train, val), (val, train)):
         missing = sorted(set(first.classes) - set(second.classes))
         if missing:

@@ -50,6 +50,9 @@ FIELDS = (
     "settings",
 )
 
+# Of `train`: arguments, folder of all runs, norm, normalization batch, seed.
+RunArguments = tuple[list[str], Path, str, int, int]
+
 
 def run_sweep(args: Namespace) -> list[str]:
     """Train what is missing, draw all runs, and return what failed, one line a run.
@@ -111,14 +114,14 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def missing_runs(args: Namespace, rows: Sequence[dict[str, str]], path: Path) -> list[tuple]:
+def missing_runs(args: Namespace, rows: Sequence[dict[str, str]], path: Path) -> list[RunArguments]:
     """Return the arguments of `train` for each run that `rows`, the content of `path`, lacks.
 
     Raises:
         ValueError: if a run is there with other settings.
     """
     done = {(row["norm"], row["norm_batch"], row["seed"]): row["settings"] for row in rows}
-    runs = []
+    runs: list[RunArguments] = []
     for seed, size, norm in itertools.product(args.seeds, args.sizes, args.norms):
         arguments = settings(args, norm)
         known = done.get((norm, str(size), str(seed)))
@@ -177,7 +180,7 @@ def train_missing(args: Namespace, rows: list[dict[str, str]], path: Path) -> li
     threads = max(1, cores // jobs) if jobs > 1 else 0
     version, ended = commit(), 0
     failed: list[str] = []
-    futures: dict[Future, tuple] = {}
+    futures: dict[Future, RunArguments] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         try:
             while runs or futures:

@@ -39,7 +39,7 @@ def group_sum(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Return the sum over each group of `batch_size` images: (N, C) -> (G, C)."""
     n, c = rows.shape
     if n % batch_size:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, -n % batch_size))
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, (batch_size - n % batch_size) % batch_size))
     return rows.view(-1, batch_size, c).sum(1)
 
 

@@ -100,7 +100,7 @@ def test_a_file_that_is_no_image_is_skipped_and_named(folder):
         with pytest.raises(ImagesError) as error:
             list(build_val_loader(images(folder, "val", "error"), 8, workers))
         assert str(error.value).startswith(f"{path} can't be read (")
-        assert str(error.value).endswith("): mend or remove it") and "\n" not in str(error.value)
+        assert str(error.value).endswith("): repair or remove it") and "\n" not in str(error.value)
 
 
 def test_an_image_too_large_to_decode_is_a_bad_one(folder, monkeypatch):
@@ -149,5 +149,5 @@ def test_digit_crops_are_whole_and_reproducible(folder, tmp_path):
     more = make_digit_crops(tmp_path / "more", CropParams(num_train=65, num_val=49))
     for path in folder.rglob("*.png"):
         assert path.read_bytes() == (more / path.relative_to(folder)).read_bytes()
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="is not this dataset"):
         make_digit_crops(folder, CropParams(num_train=65, num_val=49))
