@@ -13,7 +13,7 @@ from ..config_files import get_config_file
 from ..engine.guarded_trainer import GuardedTrainer
 from ..solver import build_optimizer
 from .detector_cases import random_image
-from .layer_cases import Case
+from .layer_cases import Case, Steps
 
 CONFIG = "mask_rcnn_R50_FPN_mabn_2x.yaml"
 OBJECTS, REGIONS = 16, 64  # of an image, that the heads train on
@@ -33,7 +33,7 @@ def accumulation_cases(args: Namespace) -> Iterator[Case]:
     }
     for threads in args.threads:
         torch.set_num_threads(threads)
-        functions = {name: made[name]() for name in args.norms}
+        functions: Steps = {name: made[name]() for name in args.norms}
         yield {"threads": threads, "dtype": "fp32", "format": "nchw", "shape": shape}, functions
 
 

@@ -143,8 +143,8 @@ def run(args: argparse.Namespace) -> dict:
                     __spec__.name,
                     "--read",
                     reader,
-                    file,
-                    folder / "images",
+                    str(file),
+                    str(folder / "images"),
                 ]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[reader].append(json.loads(done.stdout.splitlines()[-1]))
