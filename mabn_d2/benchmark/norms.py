@@ -9,7 +9,6 @@ from ..layers import MABN2d, SplitBatchNorm2d
 from ..layers.naive import NaiveMABN2d
 from ..modeling import norm_table
 
-
 DETECTORS = ("frozen_bn", "mabn", "mabn_folded", "mabn_folded_conv")
 STEPS = ("micro", "accumulated", "at_once")
 
@@ -54,7 +53,7 @@ def baseline(norm: str, what: str, chosen: str | None = None) -> str:
     if chosen:
         return chosen
     if what in ("detector", "accumulation"):
-        return KNOWN[what][0]
+        return next(iter(known_norms(what)))
     return "bn_relu" if norm.endswith("_relu") else "bn"
 
 
