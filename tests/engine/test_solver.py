@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -79,3 +81,30 @@ def test_gradient_clipping(kind):
     else:
         total = torch.cat([s.flatten() for s in steps]).norm().item()
         assert total == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+def test_steps_of_the_fused_kernels(digits_cfg, name):
+    """They are the steps of torch's plain loop, and a checkpoint of the other kernels goes on."""
+    digits_cfg.SOLVER.OPTIMIZER = name
+    digits_cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    one, two = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    fused, plain = build_optimizer(digits_cfg, one), build_optimizer(digits_cfg, two)
+    for group in plain.param_groups:
+        group.update(fused=None, foreach=False)
+    assert all(group["fused"] for group in fused.param_groups)
+    for step in range(4):
+        for p, q in zip(one.parameters(), two.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        fused.step()
+        plain.step()
+        if step == 1:
+            state = copy.deepcopy(plain.state_dict())
+            for group in state["param_groups"]:
+                group.update(fused=True, foreach=None)
+            fused.load_state_dict(state)
+            one.load_state_dict(two.state_dict())
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
