@@ -27,6 +27,22 @@ __all__ = [
     "unfuse_relu",
     "update_mabn_stats",
 ]
+_imported = _wanted_by_detectron2 = False
+
+
+def setup_environment() -> None:
+    """Extend Detectron2 for a script that does not know this package (`engine/unmodified_scripts.py`).
+
+    Detectron2 calls this while it is imported, if DETECTRON2_ENV_MODULE=mabn_d2. Where this package
+    is imported first, that is in the middle of its own import, and waits for the end of it.
+    """
+    global _wanted_by_detectron2
+    _wanted_by_detectron2 = True
+    if _imported:
+        from .engine.unmodified_scripts import extend_detectron2
+
+        extend_detectron2()
+
 
 if find_spec("detectron2"):
     from . import modeling  # noqa: F401 (for its registration)
@@ -57,6 +73,6 @@ if find_spec("detectron2"):
         "warn_of_differences",
     ]
 
-
-def setup_environment() -> None:
-    """Do nothing: Detectron2 calls it after the import that DETECTRON2_ENV_MODULE=mabn_d2 causes."""
+_imported = True
+if _wanted_by_detectron2:
+    setup_environment()

@@ -4,7 +4,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
+from detectron2.config.config import get_cfg  # the stock one, whatever the environment says
 from detectron2.modeling.backbone.resnet import CNNBlockBase
 from torch import nn
 

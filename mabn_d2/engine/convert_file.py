@@ -5,7 +5,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
+from detectron2.config.config import get_cfg  # the stock one, whatever the environment says
 
 from ..checkpoint import (
     CheckpointError,
