@@ -15,7 +15,7 @@ from mabn_d2.checkpoint.description import classes_of, config_of
 from mabn_d2.commands.train_net import run
 from mabn_d2.data.coco_check import BadAnnotationError
 from mabn_d2.data.labelled_folder import prepare_folder
-from mabn_d2.engine import ConfigError, Trainer, check_data, setup_config, use_folder
+from mabn_d2.engine import ConfigError, Trainer, check_data, read_config, setup_config, use_folder
 from mabn_d2.engine.own_data import log_folder
 from paths import ROOT
 
@@ -308,10 +308,17 @@ def test_faults_name_the_file_of_the_user(exports, tmp_path, annotation):
         check_data(cfg)
 
 
-def test_script_of_ones_own(exports, digits_cfg):
-    digits_cfg.DATASETS.FOLDER = str(exports("cvat", "rle"))
-    registered = use_folder(digits_cfg)
-    assert registered.class_names == NAMES and digits_cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
-    trainer = Trainer(digits_cfg)
+def test_script_of_ones_own(exports, tmp_path):
+    """The lines in docs/custom-data.md, with a smaller model."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    cfg = read_config(
+        str(tmp_path / "config.yaml"),
+        ["DATASETS.FOLDER", str(exports("cvat", "rle")), "OUTPUT_DIR", str(tmp_path / "output"),
+         "MODEL.DEVICE", "cpu"],
+    )  # fmt: skip
+    folder = use_folder(cfg)
+    assert folder.class_names == NAMES and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
     trainer.train()
     assert trainer._last_eval_results["bbox"]
