@@ -1,5 +1,6 @@
 import os
 import tempfile
+from importlib.util import find_spec
 
 # Before torch is imported: threads that spin while they wait slow shared cores down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -27,13 +28,16 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave tests marked `gpu` out, rather than report them as skipped, where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    """Leave out the tests that this machine can't run, rather than report them as skipped."""
+    available = {
+        "gpu": torch.cuda.is_available(),
+        "compiled_detectron2": find_spec("detectron2._C") is not None,
+    }
+    missing = [mark for mark, is_available in available.items() if not is_available]
+    out = [item for item in items if any(map(item.get_closest_marker, missing))]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True)
