@@ -82,6 +82,8 @@ def find_pairs(
             pair = _by_trace(place, owners[place.parent], traces, names)
         if pair is None:
             pair = _by_registration(place)
+        if isinstance(pair, str) and isinstance(registered := _by_registration(place), Pair):
+            pair += f"; it is registered behind {names[registered.convs[0]]}"
         found[norm] = _merged(found[norm], pair) if norm in found else pair
     for norm in norms:
         found.setdefault(norm, f"nothing stands in front of it in {type(model).__name__}")
