@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 
 import triton_checks
 from mabn_d2.layers import MABN2d
-from mabn_d2.layers.ops import triton_launch, triton_ops
+from mabn_d2.layers.ops import triton_launch, triton_ops, triton_plan
 from paths import ROOT
 from reference import FORMATS
 
@@ -38,11 +38,11 @@ every_shape = pytest.mark.parametrize(
 @pytest.fixture
 def small_tiles(monkeypatch):
     for name, value in SMALL.items():
-        monkeypatch.setattr(triton_ops, name, value)
+        monkeypatch.setattr(triton_plan, name, value)
     monkeypatch.setattr(triton_launch, "INTERPRETED_PROGRAMS", 6)
-    triton_ops.forget_plans()
+    triton_plan.forget_plans()
     yield
-    triton_ops.forget_plans()
+    triton_plan.forget_plans()
 
 
 @every_dtype

@@ -123,8 +123,7 @@ class Launch:
             bits |= pointer
         compiled = self._aligned
         if bits & 15 or compiled is None:
-            if not self.programs:
-                self.prepare(*tensors)
+            self.ensure_grid(*tensors)
             if INTERPRETED:
                 self.kernel[(self.programs,)](**self._arguments(tensors, self.sizes))
                 return
@@ -139,8 +138,10 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def prepare(self, *tensors: torch.Tensor) -> None:
-        """Choose the grid; of the tensors, only dtypes and the device matter."""
+    def ensure_grid(self, *tensors: torch.Tensor) -> None:
+        """Choose the grid if it is not chosen; of the tensors, only dtypes and the device matter."""
+        if self.programs:
+            return
         if INTERPRETED:
             self.programs, self.sizes = self._arrange(INTERPRETED_PROGRAMS)
             return

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 import triton_checks
-from mabn_d2.layers.ops import triton_ops
+from mabn_d2.layers.ops import triton_ops, triton_plan
 from mabn_d2.layers.ops.triton_launch import Launch
 from reference import FORMATS
 
@@ -28,10 +28,10 @@ every_format = pytest.mark.parametrize("memory_format", FORMATS)
 def small_tiles(monkeypatch):
     """Tiles so small that every loop turns more than once, and offsets of 64 bits."""
     for name, value in SMALL.items():
-        monkeypatch.setattr(triton_ops, name, value)
-    triton_ops.forget_plans()
+        monkeypatch.setattr(triton_plan, name, value)
+    triton_plan.forget_plans()
     yield
-    triton_ops.forget_plans()
+    triton_plan.forget_plans()
 
 
 @every_form
@@ -76,7 +76,7 @@ def check_same_relu_both_ways():
 
 def check_vector_accesses():
     """Aligned activations are read and written 16 bytes at a time."""
-    triton_ops.forget_plans()
+    triton_plan.forget_plans()
     for memory_format in FORMATS:
         for dtype in torch.float32, torch.float16:
             gpu.launches.clear()
