@@ -3,7 +3,7 @@
 import json
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -76,6 +76,30 @@ def load_checkpoint(model: nn.Module, path: str | Path, args: Namespace) -> dict
     return checkpoint
 
 
+def check_class_names(checkpoint: Mapping, path: str | Path, classes: Sequence[str]) -> None:
+    """Check that a checkpoint's classes are those of the data, in the same order.
+
+    A checkpoint without names, such as the published weights, is taken as it is.
+
+    Raises:
+        CheckpointError: if they differ; the outputs would be of other classes.
+    """
+    saved = checkpoint.get("classes")
+    if saved is None or list(saved) == list(classes):
+        return
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise CheckpointError(f"{path}: its entry 'classes' is no list of names; use another file")
+    index = next(
+        (i for i, (a, b) in enumerate(zip(saved, classes)) if a != b),
+        min(len(saved), len(classes)),
+    )
+    names = [repr(x[index]) if index < len(x) else "nothing" for x in (saved, classes)]
+    raise CheckpointError(
+        f"{path} was trained on {len(saved)} classes and --data has {len(classes)}; class {index} is "
+        f"{names[0]} there and {names[1]} here: test it on folders of the same names"
+    )
+
+
 def check_resume(checkpoint: Mapping, path: Path, settings: Mapping[str, object]) -> None:
     """Raise CheckpointError unless the checkpoint is of a run with the same settings."""
     if missing := {"optimizer", "iteration", "result", "args"} - checkpoint.keys():
@@ -103,6 +127,7 @@ def save_checkpoint(
     iteration: int,
     result: dict | None,
     settings: Mapping[str, object],
+    classes: Sequence[str],
 ) -> None:
     """Write the checkpoint of a run, whole or not at all.
 
@@ -113,6 +138,7 @@ def save_checkpoint(
         iteration: iterations that are done.
         result: of the last test.
         settings: arguments of the command line and the number of processes.
+        classes: names of the classes, in the order of the model's outputs.
     """
     with atomic_file(folder / CHECKPOINT) as file:
         torch.save(
@@ -124,6 +150,7 @@ def save_checkpoint(
                 "norm": settings["norm"],
                 "result": result,
                 "args": dict(settings),
+                "classes": list(classes),
             },
             file,
         )

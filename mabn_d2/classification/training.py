@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from ..checkpoint.io import read_checkpoint
 from ..engine.guarded_trainer import MAX_REJECTED
 from ..engine.hooks import StopOnSignal
 from .arguments import parse_norm_options
@@ -33,6 +34,7 @@ from .processes import Processes, average_statistics, process_group
 from .run_folder import (
     CHECKPOINT,
     Log,
+    check_class_names,
     check_output,
     check_resume,
     load_checkpoint,
@@ -82,6 +84,7 @@ def test_only(args: Namespace, processes: Processes, device: torch.device) -> di
     """Test the weights of --checkpoint; print and return the result."""
     val = build_val_data(args)
     model = build_model(args, len(val.classes), device)
+    check_class_names(read_checkpoint(args.checkpoint), args.checkpoint, val.classes)
     loader = build_val_loader(val, args.batch_size, args.workers, *processes)
     result = evaluate(model, loader, args, device)
     if processes.rank == 0:
@@ -150,7 +153,7 @@ class Training:
     ):
         self.args, self.processes, self.device, self.model = args, processes, device, model
         self.val_loader = build_val_loader(val, args.batch_size, args.workers, *processes)
-        self.stop = stop
+        self.stop, self.classes = stop, train.classes
         self.settings = {**vars(args), "processes": processes.world_size}
         self.folder = Path(args.output)
         self.optimizer = build_optimizer(args, model)
@@ -173,6 +176,7 @@ class Training:
             return 0, None
         checkpoint = load_checkpoint(self.model, path, self.args)
         check_resume(checkpoint, path, self.settings)
+        check_class_names(checkpoint, path, self.classes)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["iteration"], checkpoint["result"]
 
@@ -242,7 +246,7 @@ class Training:
         if ends_epoch or done == self.total:
             self.test(done, bar)
         if saves and self.processes.rank == 0:
-            state = self.model, self.optimizer, done, self.result, self.settings
+            state = self.model, self.optimizer, done, self.result, self.settings, self.classes
             save_checkpoint(self.folder, *state)
         if received:
             comm.synchronize()  # no rank may leave before the checkpoint is whole

@@ -118,5 +118,7 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     one.DATASETS.TEST = (name,)
     check_evaluators(one)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if len(cfg.DATASETS.TEST) > 1:  # the files of each have the same names
+        folder = os.path.join(folder, name)
     kind = MetadataCatalog.get(name).evaluator_type
     return DatasetEvaluators([build(cfg, name, folder) for build in EVALUATORS[kind]])

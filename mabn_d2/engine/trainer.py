@@ -1,10 +1,12 @@
 """The trainer that tools/train_net.py runs."""
 
 import logging
+import os
 import weakref
 
 import torch
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
@@ -42,6 +44,8 @@ from .resume import check_same_run, follow_schedule, log_changes, warn_if_finish
 from .schedule import finalize_schedule, log_schedule
 from .validation_loss import build_validation_loader, validation_losses
 from .value_check import check_values
+
+_logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -194,6 +198,29 @@ class Trainer(DefaultTrainer):
             if finds_layers(self.model):
                 chosen.append(hook(period, self.model, self._micro_batches(), num_iters))
         return chosen
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluate on DATASETS.TEST; with TEST.AUG.ENABLED, with test-time augmentation besides.
+
+        Returns:
+            The results of DefaultTrainer.test, and those with augmentation as {task}_TTA.
+        """
+        results = super().test(cfg, model, evaluators)
+        if not cfg.TEST.AUG.ENABLED:
+            return results
+        _logger.info("Evaluating with test-time augmentation (TEST.AUG.ENABLED)")
+        augmented_cfg = cfg.clone()
+        augmented_cfg.defrost()
+        augmented_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "test_time_augmentation")
+        was_training = model.training
+        augmented = super().test(augmented_cfg, GeneralizedRCNNWithTTA(cfg, model))
+        model.train(was_training)  # the wrapper is in training mode, and is set back to it
+        several = len(cfg.DATASETS.TEST) > 1
+        for name in cfg.DATASETS.TEST if several else [None]:
+            into, found = (r[name] if several else r for r in (results, augmented))
+            into |= {f"{task}_TTA": values for task, values in (found or {}).items()}
+        return results
 
     def _evaluate(self):
         results = self.test(self.cfg, self.model)

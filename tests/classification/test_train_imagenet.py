@@ -45,6 +45,25 @@ def test_tested_errors_are_exact(tmp_path):
         train(data, tmp_path, *test, "--strict", "--workers", 1)
 
 
+def test_other_class_folders(tmp_path):
+    """Their number is the same, so the weights fit, but the outputs would be of other classes."""
+    data = make_data(tmp_path)
+    train(data, tmp_path, "--epochs", 1, "--epoch-iters", 1)
+    names = load(tmp_path)["classes"]
+    assert names == [str(digit) for digit in range(10)]
+    for split in ("train", "val"):
+        (data / split / "3").rename(data / split / "three")
+    test = ("--test-only", "--checkpoint", tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="class 3 is '3' there and '4' here"):
+        train(data, tmp_path, *test)
+    with pytest.raises(CheckpointError, match="class 3 is '3' there and '4' here"):
+        train(data, tmp_path, "--epochs", 1, "--epoch-iters", 1, "--resume", "auto")
+    checkpoint = load(tmp_path)
+    del checkpoint["classes"]  # as in the published weights
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    assert train(data, tmp_path, *test)["images"] > 0
+
+
 def test_two_processes_count_each_image_once(tmp_path):
     """One rank meets the damaged training image, the other one that of the test."""
     data = make_data(tmp_path)

@@ -8,6 +8,7 @@ from detectron2.evaluation import COCOEvaluator
 
 from commands import train
 from mabn_d2.engine import ConfigError, Trainer, check_config
+from mabn_d2.engine.value_check import check_values
 from mabn_d2.layers import MABN2d
 from nested import flat
 
@@ -165,3 +166,21 @@ def test_the_synchronized_norm_that_the_cpu_takes(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
     assert state["backbone.bottom_up.stem.conv1.norm.running_mean"].any()
+
+
+def test_test_time_augmentation_and_two_test_sets(digits_cfg, tmp_path):
+    """TEST.AUG.ENABLED; each test set writes into a folder of its own."""
+    digits_cfg.DATASETS.TEST = ("small_scenes_val", "small_scenes_train")
+    digits_cfg.TEST.AUG.ENABLED, digits_cfg.TEST.AUG.MIN_SIZES = True, (96, 144)
+    digits_cfg.TEST.DETECTIONS_PER_IMAGE = 2
+    model = Trainer.build_model(digits_cfg).eval()
+    results = Trainer.test(digits_cfg, model)
+    assert not model.training
+    folder = tmp_path / "output"
+    for name in digits_cfg.DATASETS.TEST:
+        assert set(results[name]) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+        for part in ("inference", "test_time_augmentation/inference"):
+            assert (folder / part / name / "coco_instances_results.json").is_file()
+    digits_cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    with pytest.raises(ConfigError, match="TEST.AUG.ENABLED is True, but .* GeneralizedRCNN"):
+        check_values(digits_cfg)
