@@ -4,7 +4,7 @@ Stock Detectron2 ignores them. They are plain text and lists, so that reading th
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -20,20 +20,29 @@ CONFIG, CLASSES = "config", "classes"  # keys of a checkpoint
 def describe(cfg: CfgNode) -> dict[str, Any]:
     """Return the entries for a checkpoint of a model that `cfg` builds.
 
-    "config" is the config as YAML text. "classes" are the classes of the first dataset of
-    DATASETS.TRAIN as COCO categories, in the model's order; without a list of classes, it is missing.
+    "config" is the config as YAML text; "classes" as `describe_classes` has them.
     """
-    description: dict[str, Any] = {CONFIG: cfg.dump()}
-    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    return {CONFIG: cfg.dump(), **describe_classes(cfg.DATASETS.TRAIN)}
+
+
+def describe_classes(datasets: Sequence[str]) -> dict[str, Any]:
+    """Return {"classes": COCO categories in the model's order} of the first of some datasets.
+
+    Empty if there is no dataset, or if it has no list of classes.
+    """
+    metadata = MetadataCatalog.get(datasets[0]) if datasets else None
     names = metadata.get("thing_classes") if metadata else None
-    if names:
-        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        id_of = {index: id for id, index in ids.items()}
-        description[CLASSES] = [
-            {"id": int(id_of.get(index, index + 1)), "name": str(name)}
+    if not names:
+        return {}
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    # Ids that are no integers, which COCO results can't have, are replaced.
+    id_of = {index: id for id, index in ids.items()} if all(type(i) is int for i in ids) else {}
+    return {
+        CLASSES: [
+            {"id": id_of.get(index, index + 1), "name": str(name)}
             for index, name in enumerate(names)
         ]
-    return description
+    }
 
 
 def classes_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]] | None:

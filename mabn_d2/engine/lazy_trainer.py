@@ -13,7 +13,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from ..checkpoint import SafeCheckpointer
+from ..checkpoint.description import describe_classes
 from ..data.batches import MicroBatches
+from ..data.requirements import DataRequirements
 from ..data.workers import guard_workers
 from ..modeling.norm import check_paired
 from ..modeling.norm_table import configure_norms_by_name, scale_norm_schedules
@@ -86,6 +88,9 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         convert_batch_norm=cfg.train.get("convert_weights", False),
         trainer=trainer,
     )
+    # Not the config: a LazyConfig is a program.
+    names = DataRequirements.from_lazy(cfg, True).train.value
+    checkpointer.description = describe_classes(names)
     trainer.register_hooks(_build_hooks(cfg, bare, trainer, checkpointer))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = 0

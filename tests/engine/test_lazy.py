@@ -124,6 +124,7 @@ def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
     watched = {key.split("/")[1] for key in training[2] if key.startswith("statistics/")}
     assert len(watched) == 3 and "backbone.bottom_up.stem.conv1.norm" in watched
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert [c["name"] for c in state["classes"]] == [str(i) for i in range(10)]
     assert state["iteration"] == 2
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
     results = run("--resume", "--eval-only")
