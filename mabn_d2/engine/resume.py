@@ -18,6 +18,8 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.record import SAME_WITH_MABN
+from ..modeling.norm import NORM
 from .errors import ConfigError, one_line
 
 # What must be the same for a checkpoint to fit; schedules of norms may change.
@@ -84,6 +86,8 @@ def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:
         ) from error
     new = yaml.safe_load(cfg.dump())  # from YAML too, which has no tuples
     changes = {key: (was, now) for key, was, now in differences(old, new)}
+    if set(changes.get("MODEL.BACKBONE.NAME", ())) == SAME_WITH_MABN and cfg.MODEL.FPN.NORM == NORM:
+        del changes["MODEL.BACKBONE.NAME"]
     model = [
         key for key in changes if key.startswith("MODEL.") and not key.startswith(MODEL_MAY_CHANGE)
     ]

@@ -9,6 +9,7 @@ from commands import CONFIG, SMALL, run
 from mabn_d2 import CheckpointError
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.engine.hooks.rank_states import restore_rank_states
+from mabn_d2.engine.resume import check_same_run
 from mabn_d2.layers import MABN2d
 
 
@@ -156,3 +157,14 @@ def assert_equal(one, two, path=""):
         assert torch.equal(one, two), path
     else:
         assert one == two, path
+
+
+def test_run_of_the_other_backbone_name_goes_on(digits_cfg):
+    """With MABN both names build the same model; configs of earlier runs have the general one."""
+    digits_cfg.MODEL.BACKBONE.NAME = "build_any_norm_resnet_fpn_backbone"
+    before = digits_cfg.dump()
+    digits_cfg.MODEL.BACKBONE.NAME = "build_mabn_resnet_fpn_backbone"
+    assert check_same_run(digits_cfg, before, "config.yaml") == []
+    digits_cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    with pytest.raises(ConfigError, match=r"other MODEL\.BACKBONE\.NAME"):
+        check_same_run(digits_cfg, before, "config.yaml")
