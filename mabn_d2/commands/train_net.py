@@ -9,6 +9,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
+from ..engine.data_check import check_datasets
 from ..engine.log import share_log
 from ..engine.own_data import log_folder
 from ..engine.report import log_report
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def check(args: argparse.Namespace) -> None:
     """Check the config before any process starts, so that an error is said once."""
-    setup_config(args, alone=True)
+    check_datasets(setup_config(args, alone=True), train=not args.eval_only)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from .coco_files import (
     write_corrected,
 )
 from .comparison import compare
-from .dataset_reader import DatasetReader
+from .dataset_reader import DatasetReader, check_builtin
 from .errors import DataError
 from .requirements import DataRequirements, unique
 
@@ -83,7 +83,7 @@ def check_requirements(wanted: DataRequirements) -> dict[str, int]:
 
 def _check_here(wanted, share):
     """Check in this process, and return what the others need."""
-    _check_names(wanted)
+    check_names(wanted)
     state, images = _checked.get(wanted, (None, {}))
     if state == _state(wanted):
         return _Outcome(images=images)
@@ -115,8 +115,13 @@ def _check_here(wanted, share):
     return outcome
 
 
-def _check_names(wanted):
-    """The datasets and the files of proposals are there."""
+def check_names(wanted: DataRequirements) -> None:
+    """Check, without reading them, that the datasets and the files of proposals are there.
+
+    Raises:
+        DataError: if a dataset is not registered, or is one of Detectron2's own whose file is not
+            there, or if a file of proposals is missing.
+    """
     for setting in (wanted.test, wanted.train):
         for name in setting.value or ():
             if name not in DatasetCatalog:
@@ -124,6 +129,7 @@ def _check_names(wanted):
                     f"{setting.key} names {name!r}, which is not registered: use one of "
                     f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
                 )
+            check_builtin(name, setting.key)
     for setting, sets in wanted.proposals:
         if len(setting.value) != len(sets.value):
             raise DataError(

@@ -112,6 +112,18 @@ class DatasetReader:
             )
 
 
+def check_builtin(name: str, key: str) -> None:
+    """Raise DataError if the file of one of Detectron2's own datasets is not there.
+
+    Others may be made by their functions when they are read.
+    """
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if name.startswith(BUILTIN) and json_file and not PathManager.exists(json_file):
+        raise DataError(
+            f"{key} names {name!r}, which needs {json_file}, which does not exist: {_remedy(name)}"
+        )
+
+
 def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]:
     try:
         return function()

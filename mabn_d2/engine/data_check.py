@@ -4,7 +4,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..data.data_check import check_requirements
+from ..data.data_check import check_names, check_requirements
 from ..data.requirements import DataRequirements
 from ..data.samplers import check_sampler
 from .errors import ConfigError
@@ -22,20 +22,31 @@ def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> Non
         evaluators: whether DATASETS.TEST is evaluated by `Trainer.build_evaluator` as it stands.
 
     Raises:
-        ConfigError: if there is no dataset, or if one of DATASETS.TEST can't be
-            evaluated.
+        ConfigError: if there is no dataset, or if one of DATASETS.TEST can't be evaluated.
         DataError: if the sampler is wrong, or if the data can't be used or contradicts the config.
+    """
+    check_datasets(cfg, train, evaluators)
+    check_requirements(DataRequirements.from_cfg(cfg, train))
+    if evaluators:
+        check_pascal_voc(cfg)
+
+
+def check_datasets(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> None:
+    """Check what is known of the datasets of a config before they are read.
+
+    It takes no time, so a launcher can do it before it starts processes.
+
+    Args:
+        train, evaluators: as for `check_data`, whose errors apply.
     """
     key, purpose = ("TRAIN", "train") if train else ("TEST", "evaluate")
     if not cfg.DATASETS[key]:
         raise ConfigError(f"DATASETS.{key} is (): name a dataset to {purpose} on")
+    check_names(DataRequirements.from_cfg(cfg, train))
     if evaluators:
         check_evaluators(cfg)
     if train:
         check_sampler(cfg)
-    check_requirements(DataRequirements.from_cfg(cfg, train))
-    if evaluators:
-        check_pascal_voc(cfg)
 
 
 def check_lazy_data(cfg: Any, train: bool = True) -> None:

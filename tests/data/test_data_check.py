@@ -17,6 +17,7 @@ from coco_datasets import rle as rle_of
 from mabn_d2.data import DataError
 from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import ConfigError, Trainer, check_data
+from mabn_d2.engine.data_check import check_datasets
 from mabn_d2.engine.errors import ONE_LINE
 from mabn_d2.engine.schedule import training_images
 
@@ -535,8 +536,12 @@ def test_missing_builtin_datasets(cfg):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     for train in (True, False):
-        with pytest.raises(DataError, match="instances_val2017.json.*set DETECTRON2_DATASETS to"):
-            check_data(cfg, train=train)
+        # The first is what a launcher does before it starts processes.
+        for check in (check_datasets, check_data):
+            with pytest.raises(
+                DataError, match="instances_val2017.json.*set DETECTRON2_DATASETS to"
+            ):
+                check(cfg, train=train)
 
 
 def test_an_evaluation_ignores_the_training_sets(cfg, data, tmp_path):
