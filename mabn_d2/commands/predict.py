@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from detectron2.utils.logger import setup_logger
 
 from ..engine import ConfigError, one_line_errors, read_config
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setup_logger(name="mabn_d2")
     if not 0 <= args.threshold <= 1:
         raise ConfigError(f"--threshold is {args.threshold}: use a number from 0 to 1")
+    _check_device(args.device)
     files = find_images(args.images, args.output)
     cfg = read_config(args.config_file) if args.config_file else None
     predictor = load_predictor(args.checkpoint, args.device, args.threshold, cfg)
@@ -55,3 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"skipped: {len(predicted.skipped)} of {len(files)} images can't be read")
     if not predicted.images:
         sys.exit(1)
+
+
+def _check_device(device):
+    try:
+        type = torch.device(device or "cpu").type
+    except RuntimeError as error:
+        raise ConfigError(f'--device is {device!r}: use "cpu" or "cuda"') from error
+    if type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {device!r}, but there is no GPU: use --device cpu")

@@ -193,6 +193,14 @@ def test_inputs(checkpoint, photos, tmp_path, monkeypatch):
         assert len(images["images"]) == 1
     with pytest.raises(SystemExit, match="would overwrite the image"):
         predict(checkpoint, tmp_path / "in/out", tmp_path / "in/out/pictures/photo.jpg")
+    for more, message in (
+        (["--threshold", 2], "--threshold is 2"),
+        (["--device", "gpu0"], "--device is 'gpu0'"),
+        ([] if torch.cuda.is_available() else ["--device", "cuda"], "there is no GPU"),
+    ):
+        if more:
+            with pytest.raises(SystemExit, match=message):
+                predict(checkpoint, tmp_path / "none", photos, *more)
     with pytest.raises(SystemExit, match="'nothing' is no image"):
         predict(checkpoint, tmp_path / "none", "nothing")
     assert not (tmp_path / "none").exists()
