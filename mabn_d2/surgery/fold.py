@@ -190,8 +190,9 @@ def _fold_into(convs: tuple[nn.Module, ...], norm: MABN2d) -> nn.Module:
         for conv in convs:
             bias = norm.bias.double() + (0 if conv.bias is None else scale * conv.bias)
             weight = (conv.weight * per_filter(conv, scale)).to(conv.weight.dtype)
-            conv.weight = nn.Parameter(weight)
-            conv.bias = nn.Parameter(bias.to(weight.dtype))
+            grads = conv.weight.requires_grad
+            conv.weight = nn.Parameter(weight, requires_grad=grads)
+            conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=grads)
     behind = _behind(norm)
     if behind is None:
         return nn.Identity()

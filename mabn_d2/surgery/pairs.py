@@ -3,11 +3,11 @@
 The order in which a module registers its parts need not be the order in which it runs them. So a pair
 is taken from what the model does, as far as this can be found out:
 
-1. A convolution that holds the norm (Detectron2's Conv2d), and a module that runs its children in
-   turn (nn.Sequential) leave no doubt.
+1. A convolution that holds the norm (Detectron2's Conv2d) leaves no doubt.
 2. With example inputs a forward shows which output each norm gets, and who else gets it.
-3. Otherwise the forward of the module that holds the norm is traced symbolically (torch.fx).
-4. If that is not possible, the module registered just before the norm is taken. Whoever takes it has
+3. A module that runs its children in turn (nn.Sequential) has the convolution in front.
+4. Otherwise the forward of the module that holds the norm is traced symbolically (torch.fx).
+5. If that is not possible, the module registered just before the norm is taken. Whoever takes it has
    to check it (`first_forward`).
 """
 
@@ -21,8 +21,12 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..layers import CenConv2d, CenConvTranspose2d
 from .convolutions import is_convolution
 from .fuse_relu import RUN_IN_TURN
+
+# Convolutions that don't run a norm which somebody attaches to them.
+_WITHOUT_NORM = (nn.Conv2d, nn.ConvTranspose2d, CenConv2d, CenConvTranspose2d)
 
 
 class Pair(NamedTuple):
@@ -71,13 +75,23 @@ def find_pairs(
     uses = Counter(c for m in model.modules() for c in m._modules.values() if c is not None)
     by_data = {} if example_inputs is None else _by_data(model, norms, example_inputs, names)
     owners = _owners(model)
+    parents = {child: m for m in model.modules() for child in m._modules.values()}
     traces: dict[nn.Module, fx.Graph | None] = {}
     found: dict[nn.Module, Pair | str] = {}
     for place in places_of(model, norms):
         norm = place.module
-        pair = _by_structure(place, uses)
+        pair = _held_by_convolution(place, uses)
         if pair is None and norm in by_data:
             pair = by_data[norm]
+        if pair is None and type(place.parent).forward in RUN_IN_TURN:
+            # Unless the module above takes the parts one by one.
+            above = owners[parents.get(place.parent, place.parent)]
+            if above not in traces:
+                traces[above] = _trace(above)
+            if not _calls_parts(traces[above], above, place.parent):
+                pair = _in_turn(place, uses)
+            elif above is not place.parent:
+                pair = _by_trace(place, above, traces, names)
         if pair is None:
             pair = _by_trace(place, owners[place.parent], traces, names)
         if pair is None:
@@ -113,13 +127,25 @@ def _owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return owners
 
 
-def _by_structure(place: Place, uses: Counter) -> Pair | str | None:
-    parent = place.parent
-    if is_convolution(parent):
-        return Pair((parent,), True, uses[place.module] == 1)
-    if type(parent).forward not in RUN_IN_TURN:
+def _held_by_convolution(place: Place, uses: Counter) -> Pair | None:
+    if not is_convolution(place.parent):
         return None
-    before = None
+    if place.name != "norm" or type(place.parent) in _WITHOUT_NORM:
+        return None  # its forward does not run the norm
+    return Pair((place.parent,), True, uses[place.module] == 1)
+
+
+def _calls_parts(graph: fx.Graph | None, owner: nn.Module, parent: nn.Module) -> bool:
+    """Return True if the graph of `owner` calls children of `parent`, which lies below it."""
+    if graph is None or owner is parent:
+        return False
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    children = set(parent.children())
+    return any(owner.get_submodule(target) in children for target in targets)
+
+
+def _in_turn(place: Place, uses: Counter) -> Pair | str | None:
+    parent, before = place.parent, None
     for name, child in parent._modules.items():
         if name == place.name:
             break
@@ -129,7 +155,7 @@ def _by_structure(place: Place, uses: Counter) -> Pair | str | None:
     before = _last(before)
     if not is_convolution(before):
         return None if any(is_convolution(m) for m in before.modules()) else _wrong(before)
-    return Pair((before,), True, uses[before] == 1 and uses[place.module] == 1)
+    return Pair((before,), False, uses[before] == 1 and uses[place.module] == 1)
 
 
 def _last(module: nn.Module) -> nn.Module:
@@ -216,6 +242,8 @@ def _by_trace(
 
 
 def _by_registration(place: Place) -> Pair | str:
+    if is_convolution(place.parent):
+        return Pair((place.parent,), False, None)
     before = None
     for name, child in place.parent._modules.items():
         if name == place.name:
@@ -233,7 +261,7 @@ class _Output:
     """One output of a convolution in the recorded forward."""
 
     def __init__(self, conv: nn.Module, tensor: torch.Tensor) -> None:
-        self.conv, self.tensor, self.version = conv, tensor, tensor._version
+        self.conv, self.tensor, self.version = conv, tensor, version_of(tensor)
         self.norms: set[nn.Module] = set()
         self.other = False
 
@@ -241,9 +269,14 @@ class _Output:
         return same_values(x, self.tensor, self.version)
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the number of changes in place, which inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def same_values(x: torch.Tensor, output: torch.Tensor, version: int) -> bool:
     """Return True if x has the values that `output` had at `version`, in any dtype and layout."""
-    if output._version != version or x.shape != output.shape:
+    if version_of(output) != version or x.shape != output.shape or x.device != output.device:
         return False
     return x is output or x.is_set_to(output) or torch.equal(x, output.to(x.dtype))
 
@@ -292,7 +325,12 @@ def _by_data(
         users.depth -= 1
 
     handles = []
-    convs = (m for m in names if is_convolution(m) and getattr(m, "norm", None) is None)
+    convs = [
+        module
+        for module in names
+        if is_convolution(module)
+        and (type(module) in _WITHOUT_NORM or getattr(module, "norm", None) is None)
+    ]
     modes = {module: module.training for module in model.modules()}
     try:
         handles += [conv.register_forward_hook(after_conv) for conv in convs]

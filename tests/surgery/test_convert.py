@@ -105,6 +105,7 @@ def test_detectron2s_mask_rcnn():
     """A whole one, built with BatchNorm, is the one that is built with MABN."""
     cfg = narrow_cfg()
     wanted = build_model(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_any_norm_resnet_fpn_backbone"
     for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
         cfg.MODEL[node].NORM = "BN"
     model = build_model(cfg)

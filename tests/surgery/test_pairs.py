@@ -129,6 +129,50 @@ def test_input_of_a_block_is_another_modules_business():
     assert_folds(convert_mabn(net, images()), example_inputs=images())
 
 
+def test_parts_of_a_sequence_that_are_taken_one_by_one():
+    class Net(nn.Module):
+        def __init__(self, between=None, skip=False):
+            super().__init__()
+            self.seq = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.between, self.skip = between or unchanged, skip
+
+        def forward(self, x):
+            x = self.seq[0](x)
+            y = self.seq[1](self.between(x))
+            return y + x if self.skip else y
+
+    assert_folds(convert_mabn(Net()))
+    with pytest.raises(ValueError, match=r"seq.1: its input is not the output.*behind seq.0"):
+        convert_mabn(Net(torch.relu))
+    with pytest.raises(ValueError, match=r"seq.1: something else uses the output of seq.0"):
+        fold_mabn(convert_mabn(Net(skip=True)), "conv")
+
+
+def test_a_norm_attached_to_a_convolution_that_does_not_run_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.conv.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.conv.norm(self.conv(x).relu())
+
+    with pytest.raises(ValueError, match="conv.norm: its input is not the output"):
+        convert_mabn(Net(), images())
+    model = convert_mabn(Net())
+    with pytest.raises(ValueError, match="input of conv.norm is not the output of conv"):
+        model(images())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_check_without_gradients(mode):
+    model = convert_mabn(OtherOrder())
+    with mode():
+        model(images())
+    assert not model.bn1._forward_pre_hooks
+
+
 def test_shared_norms_and_convolutions():
     class Net(nn.Module):
         def __init__(self):
