@@ -66,7 +66,7 @@ def measure_case(args: Namespace, case: dict, steps: dict[str, Callable]) -> lis
     """Measure time and memory of one case; return a row for each norm."""
     shape = "x".join(map(str, case["shape"]))
     text = f"{case['dtype']} {case['format']} {shape}, {case['threads']} threads"
-    # Where nobody watches, in a log file, a line every 10 s is enough.
+    # In a log file, a line every 10 s is enough.
     every = 0.2 if sys.stderr.isatty() else 10
     total = len(steps) * (args.rounds + 2)
     with tqdm(total=total, desc=text, leave=False, mininterval=every) as bar:

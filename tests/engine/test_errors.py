@@ -1,4 +1,4 @@
-"""What a user can mend is one line and exit status 1, by the commands themselves."""
+"""An error that a user can correct is one line and exit status 1, by the commands themselves."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""checkpoint/fold.py."""
+"""surgery/fold.py."""
 
 import subprocess
 import sys

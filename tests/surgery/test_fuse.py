@@ -1,4 +1,4 @@
-"""modeling/fuse.py: a fused detector is the unfused one, with fewer passes."""
+"""surgery/fuse_relu.py: a fused detector is the unfused one, with fewer passes."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""modeling/fuse.py, on every component of Detectron2 with a ReLU behind a norm, and on others."""
+"""surgery/fuse_relu.py, on every component of Detectron2 with a ReLU behind a norm, and on others."""
 
 import copy
 

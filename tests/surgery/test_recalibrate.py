@@ -1,4 +1,4 @@
-"""checkpoint/recalibrate.py and its hook."""
+"""surgery/recalibrate.py and its hook."""
 
 import pytest
 import torch
