@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..visualization import draw_predictions, plot_run
+from .hooks import BestCheckpoint
 
 METRICS = ("AP", "AP50", "AP75")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
@@ -39,6 +40,9 @@ def report_run(trainer: DefaultTrainer) -> str:
     weights = folder / "model_best.pth"
     if not weights.is_file():
         weights = folder / "model_final.pth"
+    best = next((hook.best for hook in trainer._hooks if isinstance(hook, BestCheckpoint)), None)
+    if best is not None and best.value is not None:
+        lines.append(f"best:     {best.metric} {best.value:.2f} after {best.iterations} iterations")
     lines += [
         f"pictures: {pictures}, {curves}",
         f"weights:  {weights}",

@@ -277,6 +277,7 @@ def test_report(cfg):
     trainer.train()
     text = report_run(trainer)
     assert "small_scenes_val after 2 iterations" in text and "--checkpoint" in text
+    assert f"best:     segm/AP {best_of(cfg)['value']:.2f} after" in text
     for name in ("predictions.png", "curves.png"):
         assert Path(cfg.OUTPUT_DIR, name).read_bytes().startswith(b"\x89PNG") and name in text
     assert trainer.model.training
