@@ -1,5 +1,7 @@
 """From the command line to a config that has been checked before any data is read."""
 
+import re
+
 import torch
 import yaml
 from detectron2.config import get_cfg
@@ -50,10 +52,14 @@ def read_config(config_file, opts=()):
         raise ConfigError(str(error)) from error
     except (AttributeError, KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         text = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error, 500)
-        unknown = text.rpartition("Non-existent config key: ")[2] if "Non-existent" in text else ""
-        hint = did_you_mean(unknown, _leaves(defaults)) if unknown else ""
+        if unknown := re.search(r"Non-existent (?:config )?key: (\S+)", text):
+            key = unknown[1]
+            raise ConfigError(
+                f"{key} is no config key{did_you_mean(key, _leaves(defaults))}: correct it in "
+                f"--config-file {config_file} or on the command line"
+            ) from error
         options = " ".join(map(str, opts))
-        raise ConfigError(f"--config-file {config_file!r} {options}: {text}{hint}") from error
+        raise ConfigError(f"--config-file {config_file!r} {options}: {text}") from error
     nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")

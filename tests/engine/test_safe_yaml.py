@@ -101,7 +101,7 @@ def test_configs_of_detectron2(tmp_path):
     ("- 1", "holds no config keys but list"),
     ("_BASE_: a.yaml", "is its own _BASE_"),
     ("_BASE_: no.yaml", "no.yaml, which does not exist"),
-    ("MODEL: {RESNETS: {DEPHT: 50}}", r"MODEL.RESNETS.DEPHT \(did you mean MODEL.RESNETS.DEPTH"),
+    ("MODEL: {RESNETS: {DEPHT: 50}}", r"MODEL.RESNETS.DEPHT is no config key \(did you mean MODEL.RESNETS.DEPTH"),
     ("MODEL: [", "while parsing"),
 ])  # fmt: skip
 def test_files_that_are_no_config(text, message, tmp_path):
