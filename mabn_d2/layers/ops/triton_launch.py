@@ -20,6 +20,7 @@ NUM_WARPS = 4
 # Of one multiprocessor, from compute capability 8.0 on.
 REGISTERS, REGISTERS_PER_ALLOCATION, PARTITIONS = 65536, 256, 4
 WARP_SIZE = 32
+CUDA_ERROR_INVALID_CONTEXT = 201
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Programs of a grid in Triton's interpreter, which has no multiprocessors.
 INTERPRETED_PROGRAMS = 64
@@ -60,6 +61,17 @@ def current_stream(device: int) -> int:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def _set_context(device: int) -> None:
+    """Make the device's context, which torch uses, that of this thread.
+
+    A thread, such as autograd's, has none before its first call of the CUDA runtime that needs one.
+    """
+    driver, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    driver.cuDeviceGet(ctypes.byref(handle), device)
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)
+    driver.cuCtxSetCurrent(context)
 
 
 class _Compiled:
@@ -131,6 +143,9 @@ class Launch:
         with compiled.lock:
             compiled.set_pointers(compiled.buffer, 0, *pointers)
             status = compiled.launch(ctypes.c_void_p(stream))
+            if status == CUDA_ERROR_INVALID_CONTEXT:
+                _set_context(max(tensors[0].get_device(), 0))
+                status = compiled.launch(ctypes.c_void_p(stream))
         if status:
             raise RuntimeError(f"CUDA driver error {status} at the launch of {self.name}")
 

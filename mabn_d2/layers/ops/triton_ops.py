@@ -93,6 +93,10 @@ def mabn(
                 relu,
                 batch_size,
             )
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        weight, bias = weight.contiguous(), bias.contiguous()
+    if weight.get_device() != device or bias.get_device() != device:
+        raise RuntimeError(f"weight and bias must be on {x.device}, as x; weight: {weight.device}")
     plan = layer_plan(
         x.shape,
         x.dtype,

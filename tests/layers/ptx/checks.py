@@ -74,6 +74,14 @@ def check_same_relu_both_ways():
     triton_checks.check_same_relu_both_ways()
 
 
+def check_thread_without_context():
+    """Autograd's thread has no CUDA context at first."""
+    x, vectors = torch.randn(1, 4, 8, 8), torch.randn(2, 4)
+    wanted = triton_ops.affine(x, *vectors)
+    gpu.forget_context()
+    assert torch.equal(triton_ops.affine(x, *vectors), wanted)
+
+
 def check_vector_accesses():
     """Aligned activations are read and written 16 bytes at a time."""
     triton_plan.forget_plans()

@@ -88,6 +88,11 @@ def execute(wanted):
     _stub.stub_set_on_launch(_on_launch if wanted else None)
 
 
+def forget_context():
+    """Let this thread be one that has not used the CUDA runtime yet."""
+    _stub.stub_forget_context()
+
+
 execute(True)
 launch_without_checks = _call
 

@@ -11,6 +11,9 @@ static OnLaunch on_launch = NULL;
 static int registers[MAX_FUNCTIONS];
 static int functions = 0;
 
+static int has_context = 1;
+
+void stub_forget_context(void) { has_context = 0; }
 void stub_set_on_launch(OnLaunch callback) { on_launch = callback; }
 
 /* Registers of a thread, from the section .nv.info of a cubin (ELF64): format 4, attribute 0x2f, 8 bytes
@@ -63,6 +66,7 @@ Result cuFuncSetCacheConfig(void *function, int config) { return 0; }
 Result cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                       unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                       void *stream, void **parameters, void **extra) {
+    if (!has_context) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
     if (on_launch) on_launch(function, grid_x, block_x, parameters);
     return 0;
 }
@@ -88,7 +92,7 @@ Result cuDeviceGetCount(int *count) { *count = 1; return 0; }
 Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 Result cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
 Result cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
-Result cuCtxSetCurrent(void *context) { return 0; }
+Result cuCtxSetCurrent(void *context) { has_context = context != NULL; return 0; }
 Result cuCtxGetDevice(int *device) { *device = 0; return 0; }
 Result cuCtxGetLimit(size_t *value, int limit) { *value = 1 << 20; return 0; }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
