@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
     var: torch.Tensor  # (C,) v: x2, or the mean of the window
     r: torch.Tensor  # (C,) sqrt(v + eps) / sqrt(running_var + eps), clipped; or 1
     slot: torch.Tensor  # (1,) int64, this input's row of both windows; unused in the split form
-    use_batch_stats: torch.Tensor  # (1,) bool: v is x2, for warm-up or as no window is full yet
+    use_batch_stats: torch.Tensor  # (1,) bool: v is x2, in warm-up or until the window is full
     counted: torch.Tensor  # (1,) bool: this input has moved the state
 
 
@@ -52,8 +52,8 @@ class MABN2d(ConfigurableNorm):
     Args:
         num_features: C.
         eps: added to every second moment.
-        momentum: the paper's decay a, the share of the *old* running_var that is kept. Note that
-            torch's BatchNorm means the opposite by the same word: its 0.02 is 0.98 here.
+        momentum: the paper's decay a, the share of the *old* running_var that is kept. Note that in
+            torch's BatchNorm momentum is the *new* share: its 0.02 is 0.98 here.
         batch_size: images in one normalization batch: those of one forward on one GPU, or of one
             group in the split form.
         simulated_batch_size: images that the window spans; m = simulated_batch_size / batch_size.
@@ -61,7 +61,7 @@ class MABN2d(ConfigurableNorm):
         clip_start: r is 1 up to iteration max(clip_start, warmup_iters). The published 1000 is
             for 90,000 iterations or more; short schedules need less.
         clip_limit: r stays within [1 / clip_limit, clip_limit].
-        activation: None or "relu", which is then fused and needs no tensor of its own.
+        activation: None or "relu". A ReLU is computed in the same pass and saves no other tensor.
         split_batch: True makes a `SplitMABN2d`, for batches of SGD that are larger than a
             normalization batch; it is a subclass of this one.
         device, dtype: of weight and bias.
@@ -78,7 +78,7 @@ class MABN2d(ConfigurableNorm):
     recomputation of a forward by activation checkpointing.
 
     Raises:
-        ValueError: for a window that is no whole number, or an argument out of range.
+        ValueError: if the window is not a whole number, or an argument is out of range.
     """
 
     SETTINGS: ClassVar[dict[str, type]] = {
@@ -93,7 +93,7 @@ class MABN2d(ConfigurableNorm):
     STATISTICS = ("running_var", "buffer_x2", "buffer_gz")
     # Buffer -> its key in the state dict.
     WINDOW_KEYS: ClassVar[dict[str, str]] = {"buffer_x2": "buffer_x2", "buffer_gz": "buffer_gz"}
-    # Value of split_batch -> class; `SplitMABN2d` enters itself.
+    # Value of split_batch -> class. split_norms.py enters `SplitMABN2d`.
     FORMS: ClassVar[dict[bool, type["MABN2d"]]] = {}
 
     split_batch = False
@@ -206,7 +206,7 @@ class MABN2d(ConfigurableNorm):
             self.buffer_x2 = self.buffer_x2.new_zeros(window, self.num_features)
             self.buffer_gz = self.buffer_gz.new_zeros(window, self.num_features)
             self.reset_windows()
-        # What every backend gets of the settings.
+        # The settings as every backend takes them.
         self._schedule = (
             self.eps,
             self.momentum,

@@ -80,7 +80,7 @@ def step_of(run, dtype, images):
     return [*outputs, *(x.grad for x in leaves)]
 
 
-RELU = {"fused": None, "module": nn.ReLU(), "in_place": nn.ReLU(inplace=True)}
+RELU = {"fused": None, "in_place": nn.ReLU(inplace=True)}
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)

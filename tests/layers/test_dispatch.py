@@ -33,7 +33,7 @@ def test_the_choice_is_logged_once_for_each_device_and_reason(operators, caplog)
     else:
         assert caplog.messages == [
             "MABN on cpu: compiled CPU kernels",
-            "MABN on cpu: torch kernels, because they have no float64 (see docs/speed.md)",
+            "MABN on cpu: torch kernels, because the compiled operators have no float64 (see docs/speed.md)",
         ]
         assert {record.levelno for record in caplog.records} == {logging.INFO}
 

@@ -56,7 +56,7 @@ def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> str | None
         if x.device.type != "cpu":
             return f"a tensor is on {x.device}"
         if x.dtype not in DTYPES:
-            return f"they have no {x.dtype}".replace("torch.", "")
+            return f"the compiled operators have no {x.dtype}".replace("torch.", "")
     return None
 
 

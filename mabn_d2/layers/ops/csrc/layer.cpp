@@ -32,8 +32,8 @@ void check_flag(const Tensor& tensor, at::ScalarType dtype) {
               "expected one element of ", dtype, " on a CPU");
 }
 
-// The last statistics of each channel, (length, channels): by iterations, of which `slot` is
-// replaced next, or in the split form by groups, the oldest first.
+// The last statistics of each channel, (length, channels). A row is an iteration, and `slot` is the row
+// that is replaced next. In the split form a row is a group, and the oldest comes first.
 struct Window {
   float* data;
   int64_t length, channels, slot;
@@ -43,7 +43,7 @@ struct Window {
     check_vector(tensor, length * channels);
   }
 
-  // Means of channels from begin to end, with `values` in the slot if they are to enter.
+  // The means of channels from begin to end. If `enter`, `values` replace the row `slot`.
   void mean(int64_t begin, int64_t end, const float* values, bool enter, float* out) const {
     mean_of_rows(data, length, channels, values, enter ? slot : -1, begin, end, out);
   }
@@ -62,7 +62,7 @@ struct Window {
     }
   }
 
-  // If nothing has entered yet, fewer groups than `length` are repeated.
+  // At the first iteration the groups are repeated until the window is full.
   void push_groups(const float* rows, int64_t groups, bool first) {
     const auto size = [&](int64_t number) { return number * channels; };
     const int64_t kept = first ? 0 : std::max<int64_t>(length - groups, 0);
@@ -74,8 +74,8 @@ struct Window {
   }
 };
 
-// Channels of contiguous activations whose elements a core's cache holds, and the least that is worth
-// reading at a time.
+// The elements of a block of channels, which a core's cache must hold, and the least number of elements
+// that is worth reading at a time.
 constexpr int64_t kTile = 1 << 15;  // elements
 constexpr int64_t kRun = 1 << 10;   // elements
 
@@ -83,8 +83,8 @@ int64_t block_of_channels(const Layout& layout) {
   return std::max<int64_t>(kTile / std::max<int64_t>(layout.images * layout.pixels, 1), 1);
 }
 
-// Whether a block can be summed and mapped before the next one. Of many small images, such as regions
-// of interest, a block is many short runs far from each other.
+// Whether to finish each block of channels, sums and result, before the next one. This does not pay for
+// many small images, such as regions of interest: there a block is many short runs far apart.
 bool is_by_blocks(const Layout& layout) {
   return !layout.channels_last &&
          (layout.images == 1 || block_of_channels(layout) * layout.pixels >= kRun);
@@ -101,7 +101,8 @@ void for_each_block(const Layout& layout, const F& function) {
   });
 }
 
-// Sums (G, C) of g * x and g, where g is dy behind the ReLU, if there is one: of some channels.
+// The sums (G, C) of g * x and of g over the channels from begin to end. With a ReLU, g is dy where the
+// ReLU lets it through, else g is dy.
 template <typename T, bool relu>
 void block_sums(const T* dy, const T* x, const Layout& layout, const Groups& groups, int64_t begin,
                 int64_t end, const float* scale, const float* shift, float* products,
@@ -115,7 +116,7 @@ void block_sums(const T* dy, const T* x, const Layout& layout, const Groups& gro
   }
 }
 
-// The same of all channels.
+// The same sums over all channels.
 std::tuple<Tensor, Tensor> group_sums(const Tensor& dy, const Tensor& x, const Layout& layout,
                                       const Groups& groups, const OptionalTensor& scale,
                                       const OptionalTensor& shift) {
@@ -140,7 +141,7 @@ std::tuple<Tensor, Tensor> group_sums(const Tensor& dy, const Tensor& x, const L
   return sums;
 }
 
-// The state of a layer, which moves, and its settings: see MABN2d.
+// The state of a layer, which the forward moves, and its settings: see MABN2d.
 struct State {
   Tensor window, running_var, iters, rejected;
 };
@@ -159,9 +160,9 @@ struct Normalized {
 
 // The whole forward. `batch_size` is that of the split form, or 0.
 //
-// A channel's statistics need no other channel. So where channels lie together each is mapped right
-// after it was summed, while it is in the cache: one pass over memory in place of two. Whether the input
-// is accepted is known after the last channel; if it is not, all are mapped once more.
+// A channel's statistics need no other channel. So if a channel's elements lie together, it is normalized
+// right after it was summed, while it is in the cache: one pass over memory instead of two. Only after the
+// last channel is it known whether the input is accepted. If not, all channels are normalized again.
 Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, const State& state,
                      const Settings& settings, bool update_state, bool relu,
                      int64_t batch_size) {
@@ -274,7 +275,7 @@ Normalized normalize(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   return {y, x2_, var_, r_, slot, use_batch_stats_, counted, shifted_, r_std_, scale_};
 }
 
-// The forward of statistics that are given: activation checkpointing repeats one so.
+// The forward with given statistics, by which activation checkpointing repeats a forward.
 Normalized normalize_given(const Tensor& x, const Tensor& weight, const Tensor& bias,
                            const Tensor& var, const Tensor& r, const Tensor& slot,
                            const Tensor& use_batch_stats, double eps, bool relu,
@@ -294,8 +295,8 @@ Normalized normalize_given(const Tensor& x, const Tensor& weight, const Tensor& 
   return {y, {}, var, r, slot, use_batch_stats, {}, shifted, r_std, scale};
 }
 
-// The whole backward: dx, or an undefined tensor, dweight and dbias. A block of channels at a time, as in
-// `normalize`, where they lie together.
+// The whole backward: dx (undefined if it is not needed), dweight and dbias. If a channel's elements lie
+// together, it takes a block of channels at a time, as `normalize` does.
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     const Tensor& dy, const Tensor& x, const Tensor& scale_, const OptionalTensor& relu_shift,
     const Tensor& var_, const Tensor& r_std_, const Tensor& psi_window, const Tensor& slot,
@@ -381,10 +382,10 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// As vectors have to be for the loops over them.
+// The loops over vectors need contiguous float32.
 Tensor as_vector(const Tensor& vector) { return vector.to(at::kFloat).contiguous(); }
 
-// Where no gradient is wanted of anything.
+// Called if nothing requires a gradient.
 Outputs mabn_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor&,
                      Tensor window, Tensor running_var, Tensor iters, Tensor rejected, double eps,
                      double momentum, int64_t batch_stats_iters, int64_t no_renorm_iters,

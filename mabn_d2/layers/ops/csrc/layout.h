@@ -1,4 +1,4 @@
-// How an activation lies in memory, and per-channel vectors beside it.
+// How activations and per-channel vectors are laid out in memory.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,9 +15,9 @@ namespace mabn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
-constexpr int64_t kPixels = 256;     // of a piece in channels-last
-constexpr int64_t kPlanes = 1 << 13; // elements of a piece of several planes
+constexpr int64_t kGrain = 1 << 15;   // elements that are worth a thread
+constexpr int64_t kPixels = 256;      // pixels in a piece, in channels-last
+constexpr int64_t kPlanes = 1 << 13;  // elements in a piece of several planes
 
 // A dense activation, cut into pieces of neighbouring rows of one image: channels-last pixels, or the
 // planes of channels. The number of pieces, and so the rounding of sums, does not depend on the
@@ -43,15 +43,15 @@ struct Layout {
 
   int64_t all_rows() const { return channels_last ? pixels : channels; }
 
-  // In channels-last pieces may span images where factors are the same for all.
+  // In channels-last, a piece may span images if all images have the same factors.
   void join_images() {
     pixels *= images;
     images = 1;
     cut();
   }
 
-  // function(image, first, count, offset): `count` rows of an image and where the first one begins.
-  // Backwards after a pass forwards, each thread begins with what it has in its cache.
+  // Calls function(image, first, count, offset) for each piece: `count` rows of an image, and where the
+  // first one begins. A second pass runs backwards, so that each thread begins with what its cache holds.
   template <typename F>
   void for_each_piece(const F& function, bool backwards = false) const {
     const int64_t width = channels_last ? channels : pixels;
@@ -67,7 +67,7 @@ struct Layout {
   }
 };
 
-// Strides are not compared: those of dimensions of size 1 say nothing.
+// Strides are not compared: the stride of a dimension of size 1 has no meaning.
 inline void check_like(const Tensor& tensor, const Tensor& x) {
   const auto format =
       x.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
@@ -76,7 +76,7 @@ inline void check_like(const Tensor& tensor, const Tensor& x) {
               "expected two tensors of the same shape, memory format, dtype and device");
 }
 
-// Consecutive images that share their statistics, so a row of (G, C) vectors. `batch_size` 0: all do.
+// Groups of consecutive images that share a row of the (G, C) vectors. If `batch_size` is 0, all do.
 struct Groups {
   int64_t images, size, count;
 

@@ -61,8 +61,8 @@ Tensor combine_of_groups(const Tensor& dy, const Tensor& x, const Tensor& dy_sca
 
 namespace {
 
-// Both sums over the rows of partial (rows, 2, C): over each of `groups` runs of them, (groups, C), or if
-// flat, of one, (C,).
+// Adds the rows of partial (rows, 2, C). The rows are `groups` runs of equal length, and each run gives
+// one row of both results, (groups, C). If `flat`, there is one run, and the results are (C,).
 std::tuple<Tensor, Tensor> add_rows(const Tensor& partial, int64_t groups, bool flat) {
   const int64_t count = partial.size(0) / std::max<int64_t>(groups, 1);
   const int64_t channels = partial.size(2);
@@ -149,7 +149,7 @@ TORCH_LIBRARY_IMPL(mabn_d2_cpu, CPU, library) {
   library.impl("product_sums", product_sums);
 }
 
-// Gradients are the caller's business. Without this each call would pass torch's slow default.
+// The caller computes the gradients. Without this, each call would pass through torch's slow default.
 TORCH_LIBRARY_IMPL(mabn_d2_cpu, Autograd, library) {
   for (const char* name : {"affine", "combine", "product_sums"}) {
     library.impl(name, torch::CppFunction::makeFallthrough());

@@ -103,9 +103,9 @@ MABN_CLONES void combine_pixels(const T* dy, const T* x, const float* dy_scale, 
 // product = sum of g * x, total = sum of g, where g is dy, gated by y = scale * x + shift if relu
 
 constexpr int64_t kLanes = 32;    // independent sums, so that they fill vector registers
-constexpr int64_t kBlock = 4096;  // elements that are summed in float before double takes over
+constexpr int64_t kBlock = 4096;  // elements that are summed in float; their sums are added in double
 
-// Written for each plane, or if `add` added to what is there.
+// Writes the sums of each plane; if `add`, adds them to what is there.
 template <typename T, bool relu>
 MABN_CLONES void sums_planes(const T* dy, const T* x, const float* scale, const float* shift,
                              float* __restrict product, float* __restrict total, int64_t planes,
@@ -125,7 +125,7 @@ MABN_CLONES void sums_planes(const T* dy, const T* x, const float* scale, const 
           t[k] += g;
         }
       }
-      if (i < end) {  // the rest of a small plane is much of it: vectors again, masked
+      if (i < end) {  // much of a small plane, so it is worth (masked) vectors too
         for (int64_t k = 0; k < kLanes; ++k) {
           const bool inside = i + k < end;
           const float value = inside ? load(x[i + k]) : 0;
@@ -149,7 +149,7 @@ MABN_CLONES void sums_planes(const T* dy, const T* x, const float* scale, const 
   }
 }
 
-constexpr int64_t kAhead = 512;     // elements, how far reads are announced
+constexpr int64_t kAhead = 512;     // elements, the distance of prefetching
 constexpr int64_t kCacheLine = 64;  // bytes
 
 template <typename T, bool relu>
@@ -159,7 +159,7 @@ MABN_CLONES void sums_pixels(const T* dy, const T* x, const float* scale, const 
   std::memset(product, 0, sizeof(float) * channels);
   std::memset(total, 0, sizeof(float) * channels);
   for (int64_t pixel = 0; pixel < pixels; ++pixel, dy += channels, x += channels) {
-    // Loads alone don't keep the hardware's prefetching going: 1.5 times the time beyond the caches.
+    // The hardware does not prefetch this pattern: without this, large inputs take 1.5 times as long.
     for (int64_t c = 0; c < channels; c += kCacheLine / int64_t(sizeof(T))) {
       __builtin_prefetch(dy + c + kAhead);
       __builtin_prefetch(x + c + kAhead);

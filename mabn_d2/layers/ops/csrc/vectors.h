@@ -1,4 +1,4 @@
-// What happens to per-channel vectors: to their elements from begin to end.
+// Arithmetic on per-channel vectors, on the channels from begin to end.
 #pragma once
 
 #include <cmath>
