@@ -2,7 +2,7 @@
 
     python -m mabn_d2.benchmark.data_check --output benchmarks/data_check.json
 
-Each measurement is a process of its own: CPU time and peak memory from before the reading to its end.
+Each measurement is the CPU time of a process of its own, from before the reading to its end.
 `added` is the CPU time of the check and of the loading after it, less that of Detectron2's loading
 alone, as a share of the time of pycocotools' `COCO(file)`.
 """
@@ -10,7 +10,6 @@ alone, as a share of the time of pycocotools' `COCO(file)`.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -100,8 +99,8 @@ def _annotations(rng, num_images, count):
     ]
 
 
-def read(reader: str, json_file: str, image_root: str) -> dict:
-    """Read a COCO file in this process; return CPU seconds and MiB."""
+def read(reader: str, json_file: str, image_root: str) -> float:
+    """Read a COCO file in this process; return CPU seconds."""
     from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances
@@ -125,7 +124,7 @@ def read(reader: str, json_file: str, image_root: str) -> dict:
         kept = DatasetCatalog.get("benchmark")
     seconds = time.process_time() - start
     assert kept
-    return {"cpu_s": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return seconds
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         good, bad = write_dataset(folder, args.images, args.annotations)
-        found: dict[str, list[dict]] = {reader: [] for reader in READERS}
+        seconds: dict[str, list[float]] = {reader: [] for reader in READERS}
         for _ in tqdm(range(args.rounds), "rounds"):
             for reader in READERS:
                 file = bad if "skip" in reader else good
@@ -147,9 +146,8 @@ def run(args: argparse.Namespace) -> dict:
                     str(folder / "images"),
                 ]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found[reader].append(json.loads(done.stdout.splitlines()[-1]))
+                seconds[reader].append(json.loads(done.stdout.splitlines()[-1]))
         megabytes = good.stat().st_size / 1e6
-    seconds = {r: [x["cpu_s"] for x in rows] for r, rows in found.items()}
     rows = []
     for reader in READERS:
         pairs = zip(seconds[reader], seconds["detectron2"], seconds["pycocotools"], strict=True)
@@ -157,7 +155,6 @@ def run(args: argparse.Namespace) -> dict:
             {
                 "reader": reader,
                 "cpu_s": statistics.median(seconds[reader]),
-                "peak_mib": statistics.median(x["peak_mib"] for x in found[reader]),
                 "added": statistics.median((own - d2) / coco for own, d2, coco in pairs),
             }
         )
@@ -186,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(read(*args.read)))
         return
     report = run(args)
-    columns = ["reader", "cpu_s", "peak_mib", "added"]
+    columns = ["reader", "cpu_s", "added"]
     table = [[row[column] for column in columns] for row in report["results"]]
-    print(tabulate(table, columns, tablefmt="github", floatfmt=("", ".1f", ".0f", ".2f")))
+    print(tabulate(table, columns, tablefmt="github", floatfmt=("", ".1f", ".2f")))
     if args.output:
         measure.write_json(report, args.output)
 
