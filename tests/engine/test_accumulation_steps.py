@@ -20,7 +20,8 @@ NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 
 
 def with_norm(norm):
-    return [item for node in NODES for item in (f"MODEL.{node}.NORM", norm)]
+    backbone = ["MODEL.BACKBONE.NAME", "build_any_norm_resnet_fpn_backbone"]
+    return [*backbone, *(item for node in NODES for item in (f"MODEL.{node}.NORM", norm))]
 
 
 def make_retinanet(cfg):
@@ -241,6 +242,7 @@ def test_precise_statistics_take_micro_batches(scenes_cfg):
     scenes_cfg.SOLVER.IMS_PER_BATCH, scenes_cfg.SOLVER.ACCUMULATION_STEPS = 4, 2
     scenes_cfg.SOLVER.MAX_ITER = 1
     scenes_cfg.TEST.PRECISE_BN.ENABLED, scenes_cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
+    scenes_cfg.MODEL.BACKBONE.NAME = "build_any_norm_resnet_fpn_backbone"
     scenes_cfg.MODEL.FPN.NORM = "BN"
     scenes_cfg.MODEL.MABN.SYNC_BEFORE_EVAL, scenes_cfg.MODEL.MABN.LOG_PERIOD = True, 1
     trainer = Trainer(scenes_cfg)
