@@ -150,6 +150,7 @@ def test_the_synchronized_norm_that_the_cpu_takes(tmp_path):
         for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
         for item in (f"MODEL.{node}.NORM", "naiveSyncBN")
     ]
+    norms += ["MODEL.BACKBONE.NAME", "build_any_norm_resnet_fpn_backbone"]
     done = train(
         "--num-gpus",
         2,
