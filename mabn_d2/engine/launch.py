@@ -218,9 +218,12 @@ def _join(started, num_gpus, main, args, check):
     if on_gpu:
         torch.cuda.set_device(started.local_rank)
     if started.rank == 0:
-        _logger.info(
-            f"{started.launcher}: {started.world_size} processes meet at {started.address}"
-        )
+        meet = f"{started.launcher}: {started.world_size} processes meet at {started.address}"
+        if started.launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
+            # A batch script has the variables of its job, too: one process would wait without a word.
+            _logger.warning(f"{meet}; if srun has not started them, start the program with srun")
+        else:
+            _logger.info(meet)
     # torchrun's agent already listens at the address; "env://" knows how to share it.
     by_environment = started.launcher == "torchrun"
     dist.init_process_group(

@@ -12,6 +12,7 @@ from mabn_d2.classification.arguments import parse_args
 from mabn_d2.classification.image_folder import Images, ImagesError, val_transform
 from mabn_d2.classification.models import ARCHS, build_classifier, norm_names
 from mabn_d2.classification.run_folder import load_checkpoint
+from mabn_d2.layers import MABN2d, SplitMABN2d
 from paths import ROOT
 
 
@@ -129,8 +130,8 @@ def test_every_arch_takes_mabn(arch):
         model = build_classifier(arch, "mabn", 2, 32, 1000)
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
     depth = {"resnet18": 20, "resnet34": 36, "resnet101": 104, "resnet152": 155}.get(arch, 53)
-    norms = [m for m in model.modules() if type(m).__name__ == "MABN2d"]
-    assert len(norms) == depth and all(norm.split_batch for norm in norms)
+    norms = [m for m in model.modules() if isinstance(m, MABN2d)]
+    assert len(norms) == depth and all(type(norm) is SplitMABN2d for norm in norms)
 
 
 def test_published_classifier_loads(tmp_path):
