@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+import torch
 from detectron2.data import detection_utils
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.transforms import HFlipTransform, TransformList
@@ -222,7 +223,10 @@ def consume(file, folder):
     if child == 0:
         status = 1
         try:
+            # pytest's own handler would wait for the interpreter, which may hang in compiled code.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(20)
+            torch.set_num_threads(1)  # OpenMP's threads do not exist in a forked process
             pages = int(open("/proc/self/statm").read().split()[0])
             more = pages * os.sysconf("SC_PAGE_SIZE") + 2**30
             resource.setrlimit(resource.RLIMIT_AS, (more, more))

@@ -148,6 +148,8 @@ def test_a_converted_network(operators, split_batch, dtype, use_reentrant):
         )
         wanted = step_of(plain.features, dtype, [x])
         for a, b in zip(found, wanted, strict=True):
-            assert_close(a, b, dtype, factor=100)
-    for a, b in zip(net.buffers(), plain.buffers(), strict=True):
-        assert_close(a, b, torch.float32, factor=100)
+            assert_close(a, b, dtype, factor=20)
+        for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+            assert_close(a, b, torch.float32, factor=20)
+        # The network turns a difference of one rounding in its statistics into one of 1e-3 or more.
+        plain.load_state_dict(net.state_dict())
