@@ -30,7 +30,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 FAST = """
 torchvision/resnet18 torchvision/mobilenet_v2 torchvision/shufflenet_v2_x0_5 torchvision/vgg11_bn
 torchvision/convnext_tiny timm/resnet18 timm/regnetx_002 timm/mobilenetv3_small_050
-timm/ghostnet_050 timm/lcnet_050 timm/repvgg_a0 smp/Unet:resnet18 smp/Linknet:resnet18
+timm/ghostnet_050 timm/lcnet_050 timm/repvgg_a0 smp/Unet:resnet18 smp/Linknet:resnet18 monai/BasicUNet
 """.split()
 SLOW = """
 torchvision/resnet50 torchvision/resnext50_32x4d torchvision/mobilenet_v3_small
@@ -47,7 +47,39 @@ timm/densenet121 timm/xception41
 smp/UnetPlusPlus:resnet18 smp/FPN:efficientnet-b0 smp/PAN:resnet18 smp/PSPNet:resnet18
 smp/DeepLabV3:resnet18 smp/DeepLabV3Plus:mobilenet_v2 smp/MAnet:resnet18 smp/UPerNet:resnet18
 smp/Unet:tu-regnetx_002 smp/Unet:timm-efficientnet-b0
+monai/UNet monai/AttentionUnet monai/SegResNet monai/DenseNet121 monai/SEResNet50
+monai/FlexibleUNet monai/DynUNet
 """.split()
+# Arguments of monai's networks, which are for volumes and other norms by default.
+MONAI: dict[str, dict[str, Any]] = {
+    "BasicUNet": {"in_channels": 3, "out_channels": 2, "norm": "batch"},
+    "UNet": {
+        "in_channels": 3,
+        "out_channels": 2,
+        "channels": (8, 16, 32),
+        "strides": (2, 2),
+        "num_res_units": 1,
+        "norm": "batch",
+    },
+    "AttentionUnet": {
+        "in_channels": 3,
+        "out_channels": 2,
+        "channels": (8, 16, 32),
+        "strides": (2, 2),
+    },
+    "SegResNet": {"in_channels": 3, "out_channels": 2, "norm": "batch"},
+    "DenseNet121": {"in_channels": 3, "out_channels": 2},
+    "SEResNet50": {"in_channels": 3, "num_classes": 2},
+    "FlexibleUNet": {"in_channels": 3, "out_channels": 2, "backbone": "efficientnet-b0"},
+    "DynUNet": {
+        "in_channels": 3,
+        "out_channels": 2,
+        "kernel_size": [3, 3, 3],
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2, 2],
+        "norm_name": "batch",
+    },
+}
 
 
 def build(architecture: str) -> nn.Module:
@@ -68,6 +100,10 @@ def build(architecture: str) -> nn.Module:
             import timm
 
             model = timm.create_model(name, pretrained=False)
+        elif library == "monai":
+            import monai.networks.nets
+
+            model = getattr(monai.networks.nets, name)(spatial_dims=2, **MONAI[name])
         else:
             import segmentation_models_pytorch as smp
 

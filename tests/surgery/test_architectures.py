@@ -1,4 +1,4 @@
-"""Architectures of torchvision, timm and segmentation_models_pytorch: docs/architectures.md is true."""
+"""Architectures of torchvision, timm, segmentation_models_pytorch and monai: docs/architectures.md is true."""
 
 import pytest
 
