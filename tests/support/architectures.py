@@ -168,7 +168,7 @@ def survey(architecture: str) -> dict[str, str]:
             row["conversion"] = "with example_inputs"
         except ValueError as error:
             reason = str(error).splitlines()[1]
-            row["conversion"] = f"refused: {reason[:160]}"
+            row["conversion"] = f"refused: {reason[:160].strip()}"
             return row
     norms = [module for module in model.modules() if isinstance(module, MABN2d)]
     row["norms"] = str(len(norms))
@@ -200,7 +200,7 @@ def survey(architecture: str) -> dict[str, str]:
                 break
             except ValueError as error:
                 reason = str(error).splitlines()[1]
-                row["folds into conv"] = f"refused: {reason[:120]}"
+                row["folds into conv"] = f"refused: {reason[:120].strip()}"
         if "refused" not in row["folds into conv"]:
             error = difference(folded(x), expected)
             assert error < 1e-4, f"fold into conv differs by {error}"
