@@ -95,8 +95,8 @@ def test_widths_of_group_norm(digits_cfg, key, value, message):
     "key, value, message",
     [
         ("MODEL.RPN.IN_FEATURES", ["p2", "p9"], r"MODEL.RPN.IN_FEATURES has 'p9'"),
-        ("MODEL.RESNETS.OUT_FEATURES", ["res9"], "can't be built"),
-        ("MODEL.RESNETS.NUM_GROUPS", 3, "can't be built"),
+        ("MODEL.RESNETS.OUT_FEATURES", ["res9"], "no model can be built"),
+        ("MODEL.RESNETS.NUM_GROUPS", 3, "no model can be built"),
         ("MODEL.ROI_MASK_HEAD.NUM_CONV", 0, None),
     ],
 )
