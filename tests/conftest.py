@@ -1,3 +1,4 @@
+import logging
 import os
 import tempfile
 from importlib.util import find_spec
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_caplog():
+    """Undo what a command has done that another test ran in this process (`setup_logger`)."""
+    logging.getLogger("mabn_d2").propagate = True
 
 
 @pytest.fixture(scope="module", params=["compiled", "torch"])
