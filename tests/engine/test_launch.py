@@ -20,8 +20,8 @@ from mabn_d2.engine import ConfigError, launch
 def main(fail):
     total = torch.tensor(float(comm.get_rank() + 1))
     dist.all_reduce(total)
-    print("rank", comm.get_rank(), "of", comm.get_world_size(), "local", comm.get_local_rank(),
-          "sum", total.item(), flush=True)
+    place = f"rank {comm.get_rank()} of {comm.get_world_size()} local {comm.get_local_rank()}"
+    print(f"{place} sum {total.item()}", flush=True)  # in one piece: both write to one pipe
 
 def check(fail):
     print("checked", flush=True)
