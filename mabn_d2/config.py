@@ -37,7 +37,7 @@ def add_mabn_config(cfg):
     cfg.MODEL.MABN.CONVERT_WEIGHTS = False
 
     # Write the statistics of LOG_LAYERS (names of norm layers; none: the first, middle and last) to
-    # TensorBoard and metrics.json every so many iterations; 0: never. See engine/statistics.py.
+    # TensorBoard and metrics.json every so many iterations; 0: never. See engine/hooks/log_statistics.py.
     cfg.MODEL.MABN.LOG_PERIOD = 0
     cfg.MODEL.MABN.LOG_LAYERS = ()
 
