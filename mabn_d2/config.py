@@ -7,7 +7,7 @@ AUTO = -1
 
 
 def add_mabn_config(cfg):
-    """Add MODEL.MABN, MODEL.BRN and SOLVER.OPTIMIZER to a Detectron2 config."""
+    """Add the keys of this package, with their default values, to a Detectron2 config."""
     # Moving Average Batch Normalization; symbols are its paper's.
     cfg.MODEL.MABN = CN()
     # B, images in one normalization batch. 0: the images of one forward, that is
@@ -73,6 +73,11 @@ def add_mabn_config(cfg):
     cfg.MODEL.BRN.D_MAX_ITER = 25000
     # epsilon, added to every variance.
     cfg.MODEL.BRN.EPS = 1e-5
+
+    # Groups of each Group Normalization layer ("GN"). Detectron2's 32 make a layer of 32 channels an
+    # instance normalization; a narrow model needs fewer. Both this and 32 must divide the channels.
+    cfg.MODEL.GN = CN()
+    cfg.MODEL.GN.NUM_GROUPS = 32
 
     # n: a process runs the images of one optimizer iteration as n micro-batches, one after another,
     # and averages their gradients. SOLVER.IMS_PER_BATCH stays the images of one optimizer iteration, so

@@ -20,7 +20,7 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
 
-from ..modeling.norm_table import NORMS
+from ..modeling.norm_table import DETECTRON2_NUM_GROUPS, NORMS
 from ..solver import OPTIMIZERS
 from .errors import ConfigError, did_you_mean
 
@@ -115,6 +115,7 @@ NUMBERS = {
         "MODEL.ROI_HEADS.NUM_CLASSES",
         "MODEL.RETINANET.NUM_CLASSES",
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+        "MODEL.GN.NUM_GROUPS",
         "MODEL.RESNETS.NUM_GROUPS",
         "MODEL.RESNETS.WIDTH_PER_GROUP",
         "MODEL.RESNETS.STEM_OUT_CHANNELS",
@@ -169,7 +170,6 @@ WIDTHS = {
     "MODEL.SEM_SEG_HEAD.NORM": ("SEM_SEG_HEAD.CONVS_DIM",),
     "MODEL.RETINANET.NORM": ("FPN.OUT_CHANNELS",),
 }
-GROUPS = 32  # of Detectron2's "GN"
 
 
 def check_values(cfg: CfgNode, train: bool = True) -> None:
@@ -224,12 +224,14 @@ def _check_model(cfg):
         )
     for key, widths in WIDTHS.items():
         if get(cfg, key) == "GN" and _is_used(cfg, key):
+            # Detectron2 makes its own number of groups first.
+            groups = math.lcm(DETECTRON2_NUM_GROUPS, model.GN.NUM_GROUPS)
             for name in widths:
-                if get(cfg, f"MODEL.{name}") % GROUPS:
+                if get(cfg, f"MODEL.{name}") % groups:
                     raise ConfigError(
-                        f"MODEL.{name} is {get(cfg, f'MODEL.{name}')}, which {GROUPS} does not divide, "
-                        f'but {key} "GN" makes {GROUPS} groups: use a multiple of {GROUPS}, or another '
-                        "norm"
+                        f"MODEL.{name} is {get(cfg, f'MODEL.{name}')}, which {groups} does not divide, "
+                        f'but {key} "GN" makes {model.GN.NUM_GROUPS} groups (MODEL.GN.NUM_GROUPS): use a '
+                        f"multiple of {groups}, or another norm"
                     )
     if _is_used(cfg, "MODEL.ANCHOR_GENERATOR.SIZES"):
         _check_anchors(cfg)

@@ -30,7 +30,7 @@ from ..solver import detectron2_optimizer_params, get_default_optimizer_params
 from ..surgery.convolutions import center_conv, check_conv, is_convolution
 from ..surgery.first_forward import check_in_first_forward
 from ..surgery.fuse_relu import RUN_IN_TURN, fuse_relu
-from .norm_table import NORMS, configure_norms, norm_layers, scale_norm_schedules
+from .norm_table import NORMS, configure_norms, norm_layers, scale_norm_schedules, set_num_groups
 
 NORM = "MABN"
 
@@ -158,12 +158,13 @@ def configure_mabn(model: nn.Module, **settings: object) -> nn.Module:
 
 
 def build_model(cfg):
-    """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN and MODEL.BRN.
+    """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN, MODEL.BRN and MODEL.GN.
 
     MABN layers apply the ReLU behind them (`fuse_relu`). A model without norms of `NORMS` is left
-    as Detectron2 builds it.
+    as Detectron2 builds it, except for the groups of its "GN".
     """
     model = detectron2_build_model(cfg)
+    set_num_groups(model, cfg)
     if any(isinstance(module, norm_layers()) for module in model.modules()):
         check_paired(model)
         configure_norms(model, cfg)

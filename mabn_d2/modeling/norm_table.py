@@ -18,6 +18,8 @@ from torch import nn
 from ..config import AUTO
 from ..layers import BatchRenorm2d, MABN2d, SplitBatchRenorm2d, SplitMABN2d
 
+DETECTRON2_NUM_GROUPS = 32  # of its "GN"
+
 
 @dataclass(frozen=True)
 class NormType:
@@ -133,6 +135,25 @@ def configure_norms_by_name(
             if isinstance(module, row.layer):
                 module.configure(**settings.get(name.lower(), {}))
     return model
+
+
+def set_num_groups(model: nn.Module, cfg: CfgNode) -> None:
+    """Give the norms that Detectron2 made for "GN" the groups of MODEL.GN.NUM_GROUPS.
+
+    A GroupNorm with another number of groups than Detectron2's is somebody's own, and stays.
+
+    Raises:
+        ValueError: naming a norm whose channels the number does not divide.
+    """
+    num_groups = cfg.MODEL.get("GN", {}).get("NUM_GROUPS", DETECTRON2_NUM_GROUPS)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.GroupNorm) and module.num_groups == DETECTRON2_NUM_GROUPS:
+            if module.num_channels % num_groups:
+                raise ValueError(
+                    f"MODEL.GN.NUM_GROUPS is {num_groups}, which does not divide the "
+                    f"{module.num_channels} channels of {name}: change one"
+                )
+            module.num_groups = num_groups
 
 
 def scale_norm_schedules(model: nn.Module, accumulation_steps: int) -> None:

@@ -76,6 +76,12 @@ def test_a_script_of_ones_own_gets_the_same_line(digits_cfg):
         ("MODEL.FPN.OUT_CHANNELS", 48, "MODEL.FPN.OUT_CHANNELS is 48, which 32 does not divide"),
         ("MODEL.ROI_MASK_HEAD.CONV_DIM", 20, "MODEL.ROI_MASK_HEAD.CONV_DIM is 20"),
         ("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.STEM_OUT_CHANNELS is 8"),
+        ("MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.NUM_GROUPS is 0: give a whole number above 0"),
+        (
+            "MODEL.GN.NUM_GROUPS",
+            12,
+            "OUT_CHANNELS is 32, which 96 does not divide.*makes 12 groups",
+        ),
     ],
 )
 def test_widths_of_group_norm(digits_cfg, key, value, message):
@@ -85,6 +91,8 @@ def test_widths_of_group_norm(digits_cfg, key, value, message):
         digits_cfg.merge_from_list([name, 32])
     for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
         digits_cfg.MODEL[node].NORM = "GN"
+    check_config(digits_cfg)
+    digits_cfg.MODEL.GN.NUM_GROUPS = 8
     check_config(digits_cfg)
     digits_cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=message):

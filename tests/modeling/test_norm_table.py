@@ -12,7 +12,12 @@ from mabn_d2.benchmark.norms import choose_norms, detectron2_norms, known_norms,
 from mabn_d2.classification.models import build_classifier, norm_names
 from mabn_d2.engine.config_check import ConfigError, check_config
 from mabn_d2.engine.hooks.log_statistics import LogStatistics
-from mabn_d2.modeling.norm_table import NORMS, NormType, configure_norms_by_name
+from mabn_d2.modeling.norm_table import (
+    NORMS,
+    NormType,
+    configure_norms_by_name,
+    set_num_groups,
+)
 from mabn_d2.solver import build_optimizer
 
 
@@ -111,3 +116,29 @@ def test_a_model_without_these_norms_is_left_alone(digits_cfg, caplog):
         build_model(digits_cfg)
     digits_cfg.MODEL.MABN.BATCH_SIZE = 4
     assert build_model(digits_cfg).backbone.bottom_up.stem.conv1.norm.batch_size == 4
+
+
+def test_groups_of_group_norm(digits_cfg):
+    """All of a model's "GN", and nobody's own GroupNorm; 32 groups, as in Detectron2, by default."""
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "GN"
+    resnets = digits_cfg.MODEL.RESNETS
+    resnets.STEM_OUT_CHANNELS = resnets.RES2_OUT_CHANNELS = digits_cfg.MODEL.FPN.OUT_CHANNELS = 32
+    digits_cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = digits_cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 32
+
+    def groups(model):
+        return {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
+
+    assert groups(build_model(digits_cfg)) == {32}
+    digits_cfg.MODEL.GN.NUM_GROUPS = 8
+    model = build_model(digits_cfg)
+    assert groups(model) == {8}
+    norm, x = model.backbone.bottom_up.stem.conv1.norm, torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(norm(x), nn.functional.group_norm(x, 8))
+
+    model.own = nn.GroupNorm(4, 16)
+    set_num_groups(model, digits_cfg)
+    assert model.own.num_groups == 4
+    digits_cfg.MODEL.GN.NUM_GROUPS = 3
+    with pytest.raises(ValueError, match="MODEL.GN.NUM_GROUPS is 3.* 32 channels of backbone"):
+        build_model(digits_cfg)

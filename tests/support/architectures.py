@@ -155,7 +155,6 @@ def survey(architecture: str) -> dict[str, str]:
     Raises:
         AssertionError: if an output is wrong.
     """
-    logging.getLogger("mabn_d2").setLevel(logging.ERROR)
     stock, x = build(architecture), images(architecture)
     row = {"architecture": architecture, "norms": "", "conversion": "", "folds into conv": ""}
     model, inputs = copy.deepcopy(stock), {}
@@ -236,6 +235,7 @@ def table(rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def main(architectures: list[str]) -> None:
+    logging.getLogger("mabn_d2").setLevel(logging.ERROR)
     rows = []
     for number, architecture in enumerate(architectures or FAST + SLOW, start=1):
         try:
