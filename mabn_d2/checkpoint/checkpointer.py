@@ -81,6 +81,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         finally:
             self._resumes = False
 
+    @property
+    def needs_recalibration(self) -> bool:
+        """Whether the loaded `running_var` is a BatchNorm's, converted by this load or in the file."""
+        return bool(self.converted) or bool((self.record or {}).get("recalibrate"))
+
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """Load a file as Detectron2 does, after a check.
 

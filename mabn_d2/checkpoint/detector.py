@@ -184,11 +184,13 @@ def convert_detector(
     anchors = [name for name in state if _ANCHORS.fullmatch(name)]
     for name in anchors:
         del state[name]
-    state, dropped = to_mabn(_background_last(rename(state, _name)), keep_buffers)
+    state, dropped, recalibrate = to_mabn(_background_last(rename(state, _name)), keep_buffers)
     config = _config(state)
     logits = state.get("proposal_generator.rpn_head.objectness_logits.weight")
     expected = _expected(config, 1 if logits is None else max(len(logits), 1))
     state = check(state, expected)
     trained = recorded(_PUBLISHED, stride_in_1x1, channel_order, pixel_mean, pixel_std)
     dropped |= {"anchors, which the config makes": anchors, "entries beside the weights": beside}
-    return checkpoint_of(state, "maskrcnn-benchmark detector", config | trained, dropped)
+    return checkpoint_of(
+        state, "maskrcnn-benchmark detector", config | trained, dropped, recalibrate
+    )

@@ -54,8 +54,10 @@ def convert_imagenet(
         keep_buffers: keep MABN's windows and counter, which start over otherwise.
         prefix: of the backbone in the model; "backbone." where there is no FPN.
     Returns:
-        {"model": state dict, "__author__": ..., "mabn_d2": {"source", "config", "dropped"}}, a
-        checkpoint that DetectionCheckpointer loads. Tensors are shared with the input.
+        {"model": state dict, "__author__": ..., "mabn_d2": {"source", "config", "dropped",
+        "recalibrate"}}, a checkpoint that DetectionCheckpointer loads. "recalibrate" is true if
+        `running_var` is that of a BatchNorm behind filters that were not centred: a training that
+        starts from the file computes it anew. Tensors are shared with the input.
     Raises:
         CheckpointError: listing entries that no rule knows, that are missing or don't fit.
     """
@@ -89,7 +91,7 @@ def convert_imagenet(
     else:
         source, trained = "ResNet with MABN", _PUBLISHED
 
-    state, dropped = to_mabn(state, keep_buffers)
+    state, dropped, recalibrate = to_mabn(state, keep_buffers)
     config = resnet_config(state)
     state = check(state, expected_resnet(config))
     trained = recorded(trained, stride_in_1x1, channel_order, pixel_mean, pixel_std)
@@ -97,4 +99,4 @@ def convert_imagenet(
         del trained["MODEL.RESNETS.STRIDE_IN_1X1"]  # basic blocks have no 1x1 to stride in
     dropped |= {"the classifier": classifier, "entries beside the weights": beside}
     state = {prefix + name: value for name, value in state.items()}
-    return checkpoint_of(state, source, config | trained, dropped)
+    return checkpoint_of(state, source, config | trained, dropped, recalibrate)

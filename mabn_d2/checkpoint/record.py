@@ -29,8 +29,13 @@ def recorded(source, stride_in_1x1, channel_order, pixel_mean, pixel_std):
     return source | {key: value for key, value in given.items() if value is not None}
 
 
-def checkpoint_of(state, source, config, dropped):
-    """Return a Detectron2 checkpoint of `state` with its record."""
+def checkpoint_of(state, source, config, dropped, recalibrate):
+    """Return a Detectron2 checkpoint of `state` with its record.
+
+    Args:
+        recalibrate: whether `running_var` is not that of the weights, so that a training which
+            starts from them has to compute it first.
+    """
     return {
         "model": state,
         "__author__": "mabn_d2",  # by which Detectron2 knows a .pkl with its own names
@@ -38,6 +43,7 @@ def checkpoint_of(state, source, config, dropped):
             "source": source,
             "config": config,
             "dropped": {rule: names for rule, names in dropped.items() if names},
+            "recalibrate": recalibrate,
         },
     }
 

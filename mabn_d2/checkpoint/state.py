@@ -123,7 +123,7 @@ def to_mabn(state, keep_buffers=False):
         state: {Detectron2 name: tensor}.
         keep_buffers: keep `buffer_x2`, `buffer_gz` (m, C) and `iters` (1,).
     Returns:
-        (state, {rule: names dropped by it}).
+        (state, {rule: names dropped by it}, whether `running_var` has to be recalibrated).
     Raises:
         CheckpointError: if windows are to be kept that are not all there, or a norm lacks entries.
     """
@@ -164,11 +164,11 @@ def to_mabn(state, keep_buffers=False):
     if centred:
         _logger.warning(
             f"{len(centred)} norms are BatchNorm: the filters in front of them are centred, which "
-            "CHANGES what the model computes. Recalibrate it (update_mabn_stats) or train it "
-            "before use. Published experience: fine-tuning from weights that were "
-            "not trained centred reached 19.6 AP instead of 36."
+            "CHANGES what the model computes. A training that starts from the file recalibrates it "
+            "first; for other use, recalibrate it (update_mabn_stats). Published experience: "
+            "fine-tuning from weights that were not trained centred reached 19.6 AP instead of 36."
         )
-    return state, {rule: names for rule, names in dropped.items() if names}
+    return state, {rule: names for rule, names in dropped.items() if names}, bool(centred)
 
 
 def _fold_mean(state, conv, drop):

@@ -99,7 +99,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         warn_if_finished(start, cfg.train.max_iter, "train.max_iter")
         restore_rank_states(bare, checkpointer.loaded)
     checkpointer.loaded = {}
-    if checkpointer.converted:
+    if checkpointer.needs_recalibration:
         apart = guard_workers(instantiate(cfg.dataloader.train))
         recalibrate_converted(model, MicroBatches(apart, steps))
     trainer.train(start, cfg.train.max_iter)

@@ -111,7 +111,7 @@ class Trainer(DefaultTrainer):
             restore_rank_states(self._bare_model(), self.checkpointer.loaded)
             self.checkpointer.loaded = {}
         warn_of_differences(self.checkpointer.record, self.cfg)
-        if self.checkpointer.converted:
+        if self.checkpointer.needs_recalibration:
             recalibrate_converted(self.model, self._micro_batches())
         self.data_loader.batch_sampler.start = self.start_iter
 

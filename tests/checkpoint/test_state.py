@@ -88,7 +88,8 @@ def test_centred_batch_norm_is_exact(channels, seed, shift, with_bias):
         x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
         state = rename(conv.state_dict(), lambda n: f"c.{n}")
         state |= rename(norm.state_dict(), lambda n: f"c.norm.{n}")
-        new, dropped = to_mabn(state)
+        new, dropped, recalibrate = to_mabn(state)
+        assert not recalibrate
         assert set(new) == {"c.weight", "c.norm.weight", "c.norm.bias", "c.norm.running_var"}
         assert sum(map(len, dropped.values())) == 2 + with_bias
         weight, gamma, beta, var = (
