@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?=
 # DETECTRON2: source to build Detectron2 from, a folder or a URL; default: tools/install_detectron2.py.
 DETECTRON2 ?=
+# Processes of make test, each with its own test files.
+JOBS ?= 2
 # For each of the three targets of make fuzz.
 FUZZ_SECONDS ?= 600
 # The oldest versions that pyproject.toml allows, with numpy 2.
@@ -33,7 +35,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo           train Mask R-CNN with MABN on the digit scenes, evaluate it, draw pictures"
 	echo "make compare        train the digit scenes under each norm; resumes, repeats no finished run"
-	echo "make test           all tests that this machine can run, except the slow ones"
+	echo "make test           all tests that this machine can run, except the slow ones; JOBS=$(JOBS) at a time"
 	echo "make test-slow      the slow tests"
 	echo "make test-oldest    the tests of make test with the oldest torch that is supported"
 	echo "make test-official  the tests of make test with Detectron2 built from DETECTRON2=<folder or URL>"
@@ -50,7 +52,8 @@ compare: $(READY)
 	@$(PY) tools/compare_norms.py $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+	@export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}"
+	$(PY) -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	@$(PY) -m pytest -q -m slow $(ARGS)
