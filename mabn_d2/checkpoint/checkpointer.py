@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import nn
@@ -67,7 +68,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.complete, self.convert_batch_norm = complete, convert_batch_norm
-        self.record, self.converted = None, []
+        self.record: dict[str, Any] | None = None
+        self.converted: list[str] = []
         self.loaded: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}
         self.before_resume: Callable[[dict[str, Any]], None] | None = None
@@ -86,7 +88,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Whether the loaded `running_var` is a BatchNorm's, converted by this load or in the file."""
         return bool(self.converted) or bool((self.record or {}).get("recalibrate"))
 
-    def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file as Detectron2 does, after a check.
 
         Raises:
@@ -109,7 +111,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.record = record if isinstance(record, dict) else None
         return checkpoint
 
-    def _load_file(self, filename):
+    def _load_file(self, filename: str) -> dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):
             return super()._load_file(filename)  # which calls _torch_load
         # As Detectron2 does, but for the reading.
@@ -125,7 +127,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         weights = {k: v for k, v in weights.items() if not k.endswith(left_out)}
         return {"model": weights, "__author__": author, "matching_heuristics": True}
 
-    def _torch_load(self, filename):
+    def _torch_load(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)
         if not isinstance(data, dict) or not isinstance(data.get("model", {}), dict):
             raise CheckpointError(f"{filename} holds no state dict: it is no checkpoint")
@@ -134,7 +136,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             data["model"] = data.pop(key)
         return data
 
-    def _load_model(self, checkpoint):
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         if self._resumes and self.before_resume is not None:
             self.before_resume(checkpoint)
         state = tensors(checkpoint["model"])
@@ -167,7 +169,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             warnings.filterwarnings("ignore", ".*non-meta parameter in the checkpoint")
             return super()._load_model(checkpoint)
 
-    def _convert(self, state):
+    def _convert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Convert the BatchNorms that the model has MABN for."""
         self.converted = batch_norms_for_mabn(self.model, state)
         if not self.converted:
@@ -184,7 +186,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         )
         return convert_batch_norms(state, self.converted)
 
-    def _log_incompatible_keys(self, incompatible):
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Nothing: `check_entries` has logged it in one line."""
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:

@@ -30,8 +30,10 @@ def describe_classes(datasets: Sequence[str]) -> dict[str, Any]:
 
     Empty if there is no dataset, or if it has no list of classes.
     """
-    metadata = MetadataCatalog.get(datasets[0]) if datasets else None
-    names = metadata.get("thing_classes") if metadata else None
+    if not datasets:
+        return {}
+    metadata = MetadataCatalog.get(datasets[0])
+    names = metadata.get("thing_classes")
     if not names:
         return {}
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
@@ -96,7 +98,7 @@ def config_of(checkpoint: Mapping[str, Any]) -> CfgNode | None:
     return cfg
 
 
-def _drop_unknown(node, known, prefix=""):
+def _drop_unknown(node: dict[str, Any], known: CfgNode, prefix: str = "") -> list[str]:
     """Delete the keys of `node` that `known` lacks, and return them."""
     unknown = []
     for key in list(node):

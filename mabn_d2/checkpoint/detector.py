@@ -1,7 +1,10 @@
 """Detectors with MABN that were trained in maskrcnn-benchmark -> Detectron2's names."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from detectron2.config import get_cfg
 
 from ..config import add_mabn_config
@@ -24,56 +27,57 @@ _RPN = {"conv": "conv", "cls_logits": "objectness_logits", "bbox_pred": "anchor_
 _MASK = {"conv5_mask": "deconv", "mask_fcn_logits": "predictor"}
 
 
-def _norm(part):
+def _norm(part: str | None) -> str:
     """A convolution and its norm are entries 0 and 1 of a Sequential there; None without a norm."""
     return ".norm" if part == "1" else ""
 
 
-def _xconv(index, entry):
+def _xconv(index: str, entry: str) -> str:
     layer, part = divmod(int(index), 3)  # convolution, norm, ReLU
     return f"roi_heads.box_head.conv{layer + 1}{_norm(str(part))}.{entry}"
 
 
-_RULES = {
-    re.compile(pattern): name
-    for pattern, name in {
-        r"backbone\.body\.(.+)": lambda rest: (
-            detectron2_name(rest) and _BACKBONE + detectron2_name(rest)
-        ),
-        r"backbone\.fpn\.fpn_inner([1-4])(?:\.([01]))?\.(\w+)": lambda i, part, entry: (
-            f"backbone.fpn_lateral{int(i) + 1}{_norm(part)}.{entry}"
-        ),
-        r"backbone\.fpn\.fpn_layer([1-4])(?:\.([01]))?\.(\w+)": lambda i, part, entry: (
-            f"backbone.fpn_output{int(i) + 1}{_norm(part)}.{entry}"
-        ),
-        r"rpn\.head\.(conv|cls_logits|bbox_pred)\.(\w+)": lambda layer, entry: (
-            f"proposal_generator.rpn_head.{_RPN[layer]}.{entry}"
-        ),
-        r"roi_heads\.box\.feature_extractor\.xconvs\.(\d+)\.(\w+)": _xconv,
-        r"roi_heads\.box\.feature_extractor\.fc([67])\.(\w+)": lambda i, entry: (
-            f"roi_heads.box_head.fc{int(i) - 5}.{entry}"
-        ),
-        r"roi_heads\.box\.predictor\.(cls_score|bbox_pred)\.(\w+)": lambda layer, entry: (
-            f"roi_heads.box_predictor.{layer}.{entry}"
-        ),
-        r"roi_heads\.mask\.feature_extractor\.mask_fcn(\d)(?:\.([01]))?\.(\w+)": (
-            lambda i, part, entry: f"roi_heads.mask_head.mask_fcn{i}{_norm(part)}.{entry}"
-        ),
-        r"roi_heads\.mask\.predictor\.(conv5_mask|mask_fcn_logits)\.(\w+)": lambda layer, entry: (
-            f"roi_heads.mask_head.{_MASK[layer]}.{entry}"
-        ),
-    }.items()
+def _body(rest: str) -> str | None:
+    name = detectron2_name(rest)
+    return name and _BACKBONE + name
+
+
+# Pattern of a name there, and what makes Detectron2's name of the pattern's groups.
+_RULES: dict[str, Callable[..., str | None]] = {
+    r"backbone\.body\.(.+)": _body,
+    r"backbone\.fpn\.fpn_inner([1-4])(?:\.([01]))?\.(\w+)": lambda i, part, entry: (
+        f"backbone.fpn_lateral{int(i) + 1}{_norm(part)}.{entry}"
+    ),
+    r"backbone\.fpn\.fpn_layer([1-4])(?:\.([01]))?\.(\w+)": lambda i, part, entry: (
+        f"backbone.fpn_output{int(i) + 1}{_norm(part)}.{entry}"
+    ),
+    r"rpn\.head\.(conv|cls_logits|bbox_pred)\.(\w+)": lambda layer, entry: (
+        f"proposal_generator.rpn_head.{_RPN[layer]}.{entry}"
+    ),
+    r"roi_heads\.box\.feature_extractor\.xconvs\.(\d+)\.(\w+)": _xconv,
+    r"roi_heads\.box\.feature_extractor\.fc([67])\.(\w+)": lambda i, entry: (
+        f"roi_heads.box_head.fc{int(i) - 5}.{entry}"
+    ),
+    r"roi_heads\.box\.predictor\.(cls_score|bbox_pred)\.(\w+)": lambda layer, entry: (
+        f"roi_heads.box_predictor.{layer}.{entry}"
+    ),
+    r"roi_heads\.mask\.feature_extractor\.mask_fcn(\d)(?:\.([01]))?\.(\w+)": (
+        lambda i, part, entry: f"roi_heads.mask_head.mask_fcn{i}{_norm(part)}.{entry}"
+    ),
+    r"roi_heads\.mask\.predictor\.(conv5_mask|mask_fcn_logits)\.(\w+)": lambda layer, entry: (
+        f"roi_heads.mask_head.{_MASK[layer]}.{entry}"
+    ),
 }
 
 
-def _name(name):
+def _name(name: str) -> str | None:
     for pattern, new_name in _RULES.items():
-        if found := pattern.fullmatch(name):
+        if found := re.fullmatch(pattern, name):
             return new_name(*found.groups())
     return None
 
 
-def _background_last(state):
+def _background_last(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Move class 0, the background, to the end; it has no boxes and no masks in Detectron2."""
     for entry in ("weight", "bias"):
         for name, rows in (("box_predictor.bbox_pred", 4), ("mask_head.predictor", 1)):
@@ -86,15 +90,15 @@ def _background_last(state):
     return state
 
 
-def _config(state):
+def _config(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the config of the detector whose entries, in Detectron2's names, `state` has."""
 
-    def shape(name):
+    def shape(name: str) -> torch.Size:
         if name not in state or state[name].dim() < 2 or 0 in state[name].shape:
             raise CheckpointError(f"{name} is missing or empty: this is no Mask R-CNN with FPN")
         return state[name].shape
 
-    def count(pattern):
+    def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in state)
 
     resnet = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
@@ -135,7 +139,7 @@ def _config(state):
     return config
 
 
-def _expected(config, anchors):
+def _expected(config: Mapping[str, Any], anchors: int) -> dict[str, torch.Tensor]:
     """Return the state dict, without data, of the detector that {config key: value} builds."""
     cfg = get_cfg()
     add_mabn_config(cfg)
@@ -158,13 +162,13 @@ def _expected(config, anchors):
 
 
 def convert_detector(
-    checkpoint,
-    stride_in_1x1=None,
-    channel_order=None,
-    pixel_mean=None,
-    pixel_std=None,
-    keep_buffers=False,
-):
+    checkpoint: Any,
+    stride_in_1x1: bool | None = None,
+    channel_order: str | None = None,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    keep_buffers: bool = False,
+) -> dict[str, Any]:
     """Convert a Mask (or Faster) R-CNN with FPN and MABN from maskrcnn-benchmark to Detectron2.
 
     Besides the names: the background is class 0 there and the last one here, without boxes and

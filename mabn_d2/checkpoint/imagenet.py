@@ -1,6 +1,8 @@
 """ImageNet classifiers -> the backbone's weights in Detectron2."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 
@@ -32,14 +34,14 @@ _CLASSIFIER = re.compile(r"(?:stem\.)?(?:fc|linear)\d*\.(?:weight|bias)")
 
 
 def convert_imagenet(
-    checkpoint,
-    stride_in_1x1=None,
-    channel_order=None,
-    pixel_mean=None,
-    pixel_std=None,
-    keep_buffers=False,
-    prefix="backbone.bottom_up.",
-):
+    checkpoint: Any,
+    stride_in_1x1: bool | None = None,
+    channel_order: str | None = None,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    keep_buffers: bool = False,
+    prefix: str = "backbone.bottom_up.",
+) -> dict[str, Any]:
     """Convert a ResNet classifier to the backbone of a Detectron2 model with MABN.
 
     Sources: the published MABN classifier (R50-wc.pth and its like), torchvision's BatchNorm

@@ -6,8 +6,10 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -19,12 +21,12 @@ _TORCH_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of fil
 class CheckpointError(ValueError):
     """One line that names the file or the entries, what is wrong and what to do."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         # Names come from the file, and must neither break the line nor steer the terminal.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
-def _encode(text, encoding):
+def _encode(text: str, encoding: str) -> bytes:
     """`_codecs.encode`, which protocol 2 stores bytes by; other encodings could unpack a bomb."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"encoding {encoding!r}")
@@ -34,33 +36,35 @@ def _encode(text, encoding):
 class _DType:
     """Stands for numpy.dtype, whose own __setstate__ trusts what it is given."""
 
-    def __init__(self, code, *flags):
+    def __init__(self, code: str, *flags: bool) -> None:
         if not re.fullmatch("[<>|=]?[biuf][1248]", code):
             raise pickle.UnpicklingError(f"arrays of {code!r}")
         self.dtype = np.dtype(code)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
     """Stands for numpy.ndarray; `array` is there after __setstate__."""
 
-    def __init__(self, cls, shape, code):
+    def __init__(self, cls: type, shape: tuple[int, ...], code: bytes) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, data = state
         self.array = _array(data, dtype, shape, "F" if is_fortran else "C")
 
 
-def _array(data, dtype, shape=(), order="C"):
+def _array(
+    data: str | bytes, dtype: _DType, shape: tuple[int, ...] = (), order: Literal["C", "F"] = "C"
+) -> np.ndarray:
     if isinstance(data, str):  # bytes of Python 2
         data = data.encode("latin1")
     return np.frombuffer(data, dtype.dtype).reshape(shape, order=order).copy(order="K")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Return value with every _Array in its containers replaced by the array."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -71,7 +75,7 @@ def _plain(value):
     return value.array if isinstance(value, _Array) else value
 
 
-_ALLOWED = {
+_ALLOWED: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "numpy.ndarray": _Array,
     "numpy.dtype": _DType,
@@ -87,7 +91,7 @@ for _core in ("_core", "core"):  # of numpy 2 and of numpy 1
 class _ArrayUnpickler(pickle.Unpickler):
     """Knows plain containers and numpy arrays; any other name ends the reading."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
         if full_name not in _ALLOWED:
             raise _Refused(full_name)
@@ -98,7 +102,7 @@ class _Refused(pickle.UnpicklingError):
     pass
 
 
-_TENSORS = {
+_TENSORS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch.Size": torch.Size,
@@ -109,7 +113,7 @@ _TENSORS = {
 class _TensorUnpickler(_ArrayUnpickler):
     """Knows tensors too; torch's reader derives its own unpickler from it."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         found = _TENSORS.get(f"{module}.{name}")
         return super().find_class(module, name) if found is None else found
 
@@ -120,11 +124,11 @@ class _Pickle:
     Unpickler = _TensorUnpickler
 
     @staticmethod
-    def load(file, **kwargs):
+    def load(file: IO[bytes], **kwargs: Any) -> Any:
         return _TensorUnpickler(file, **kwargs).load()
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> Any:
     """Return what a checkpoint file holds: plain containers, tensors on the CPU, numpy arrays.
 
     torch's files (zip or older) are read with `weights_only`, and if they hold numpy arrays or
@@ -155,7 +159,7 @@ def read_checkpoint(path):
             ) from error
 
 
-def _read(file):
+def _read(file: IO[bytes]) -> Any:
     start = file.read(64)
     if start.startswith(b"PK"):
         with zipfile.ZipFile(file) as archive:
@@ -176,18 +180,18 @@ def _read(file):
     return _plain(torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Pickle))
 
 
-def _read_arrays(file):
+def _read_arrays(file: IO[bytes]) -> Any:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     for opcode, argument, _ in pickletools.genops(file):
         # Unpickling would reserve memory for as many entries.
-        if opcode.name in ("PUT", "LONG_BINPUT") and argument > size:
+        if opcode.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > size:
             raise pickle.UnpicklingError(f"memo index {argument}")
     file.seek(0)
     return _plain(_ArrayUnpickler(file, encoding="latin1").load())
 
 
-def _refused_name(error):
+def _refused_name(error: Exception) -> str | None:
     """Return the name that the unpicklers refused, or None for another error."""
     if isinstance(error, _Refused):
         return str(error)
@@ -197,7 +201,9 @@ def _refused_name(error):
     return None
 
 
-def check_output(path, source=None, overwrite=False):
+def check_output(
+    path: str | Path, source: str | Path | None = None, overwrite: bool = False
+) -> None:
     """Raise CheckpointError if `path` can't be written; before anything else is done.
 
     Args:
@@ -216,7 +222,7 @@ def check_output(path, source=None, overwrite=False):
             raise CheckpointError(f"the output {path} exists: name another, or add --overwrite")
 
 
-def write_checkpoint(checkpoint, path):
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write {"model": state dict, ...} to a `.pth`, or with numpy arrays to a `.pkl`, whole.
 
     Raises:
@@ -231,7 +237,7 @@ def write_checkpoint(checkpoint, path):
 
 
 @contextmanager
-def atomic_file(path):
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Yield a binary file that takes the place of `path` once it is whole and on the disk.
 
     Raises:
@@ -258,7 +264,7 @@ def atomic_file(path):
         raise
 
 
-def _sync_folder(folder):
+def _sync_folder(folder: Path) -> None:
     if os.name == "posix":  # elsewhere a folder can't be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:

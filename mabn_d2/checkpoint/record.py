@@ -1,6 +1,11 @@
 """Properties that weights do not show: recorded in the file as config keys, compared with the config."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
 
 from .io import CheckpointError
 
@@ -9,7 +14,13 @@ KEY = "mabn_d2"  # of the record in a checkpoint
 SAME_WITH_MABN = {"build_mabn_resnet_fpn_backbone", "build_any_norm_resnet_fpn_backbone"}
 
 
-def recorded(source, stride_in_1x1, channel_order, pixel_mean, pixel_std):
+def recorded(
+    source: Mapping[str, Any],
+    stride_in_1x1: bool | None,
+    channel_order: str | None,
+    pixel_mean: Sequence[float] | None,
+    pixel_std: Sequence[float] | None,
+) -> dict[str, Any]:
     """Return {config key: value}: what is given, or if None what `source`, such a dict, says.
 
     Raises:
@@ -26,10 +37,16 @@ def recorded(source, stride_in_1x1, channel_order, pixel_mean, pixel_std):
         "MODEL.PIXEL_MEAN": pixel_mean and list(pixel_mean),
         "MODEL.PIXEL_STD": pixel_std and list(pixel_std),
     }
-    return source | {key: value for key, value in given.items() if value is not None}
+    return dict(source) | {key: value for key, value in given.items() if value is not None}
 
 
-def checkpoint_of(state, source, config, dropped, recalibrate):
+def checkpoint_of(
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    config: Mapping[str, Any],
+    dropped: Mapping[str, Sequence[str]],
+    recalibrate: bool,
+) -> dict[str, Any]:
     """Return a Detectron2 checkpoint of `state` with its record.
 
     Args:
@@ -48,7 +65,7 @@ def checkpoint_of(state, source, config, dropped, recalibrate):
     }
 
 
-def differences(record, cfg):
+def differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> list[str]:
     """Return one line for each config key that has another value in `cfg` than in a checkpoint.
 
     Args:
@@ -69,7 +86,7 @@ def differences(record, cfg):
     return lines
 
 
-def warn_of_differences(record, cfg):
+def warn_of_differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> None:
     """Log the `differences` as warnings."""
     for line in differences(record, cfg):
         logging.getLogger(__name__).warning(f"{line}: change the config unless this is meant")

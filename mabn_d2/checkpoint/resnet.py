@@ -1,8 +1,10 @@
 """ResNets in a state dict: Detectron2's names for them, and the config that builds them."""
 
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from detectron2.config import get_cfg
@@ -17,7 +19,7 @@ _BLOCK = re.compile(r"layer([1-4])\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]
 _DETECTRON2 = re.compile(r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))(\.norm)?\.\w+")
 
 
-def detectron2_name(name):
+def detectron2_name(name: str) -> str | None:
     """Return Detectron2's name of an entry of torchvision's, the published or its own ResNet.
 
     conv1 -> stem.conv1, layer1.0.bn2 -> res2.0.conv2.norm, layer2.0.downsample.1 ->
@@ -34,14 +36,14 @@ def detectron2_name(name):
     return name if _DETECTRON2.fullmatch(name) else None
 
 
-def resnet_config(state):
+def resnet_config(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return {config key: value} of the ResNet whose entries, in Detectron2's names, `state` has.
 
     Raises:
         CheckpointError: if it has the entries of no ResNet.
     """
 
-    def shape(name):
+    def shape(name: str) -> torch.Size:
         value = state.get(name)
         if value is None or value.dim() != 4 or 0 in value.shape:
             found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
@@ -73,7 +75,7 @@ def resnet_config(state):
     return config
 
 
-def expected_resnet(config):
+def expected_resnet(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the state dict, without data, of the MABN ResNet that {config key: value} builds.
 
     Raises:
@@ -83,7 +85,7 @@ def expected_resnet(config):
 
 
 @lru_cache(maxsize=8)  # building takes longer than comparing
-def _expected_resnet(items):
+def _expected_resnet(items: tuple[tuple[str, Any], ...]) -> dict[str, torch.Tensor]:
     cfg = get_cfg()
     add_mabn_config(cfg)
     for key, value in items:
@@ -95,7 +97,7 @@ def _expected_resnet(items):
 
 
 @contextmanager
-def without_data(kind):
+def without_data(kind: str) -> Iterator[None]:
     """Build a model for its shapes only; CheckpointError if it can't be built with them."""
     try:
         with torch.device("meta"):

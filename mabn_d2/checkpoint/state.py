@@ -1,7 +1,8 @@
 """State dicts: out of what they are wrapped in, into MABN's form, checked against a model's."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 _logger = logging.getLogger(__name__)
 
 
-def listed(names, limit=6):
+def listed(names: Iterable[str], limit: int = 6) -> str:
     """Return "a, b, ... and 3 more"."""
     names = sorted(names)
     more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def unwrap(checkpoint):
+def unwrap(checkpoint: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return (state dict of CPU tensors without `module.`, names of the entries beside it).
 
     Raises:
@@ -45,7 +46,7 @@ def unwrap(checkpoint):
     return tensors(checkpoint), beside
 
 
-def wrapper(checkpoint):
+def wrapper(checkpoint: Mapping[str, Any]) -> str | None:
     """Return the key under which a checkpoint has its state dict; None if it is one itself."""
     for key in WRAPPERS:
         if isinstance(checkpoint.get(key), Mapping):
@@ -53,7 +54,7 @@ def wrapper(checkpoint):
     return None
 
 
-def tensors(state):
+def tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return a state dict with arrays made tensors, without the prefixes of wrapping modules.
 
     Raises:
@@ -75,7 +76,7 @@ def tensors(state):
     return result
 
 
-def _is_dense(value):
+def _is_dense(value: Any) -> bool:
     """Return True if the storage is at least as large as the shape implies (no expanded tensor)."""
     return (
         isinstance(value, torch.Tensor)
@@ -86,13 +87,17 @@ def _is_dense(value):
     )
 
 
-def rename(state, name_of):
+def rename(
+    state: Mapping[str, torch.Tensor], name_of: Callable[[str], str | None]
+) -> dict[str, torch.Tensor]:
     """Return {name_of(name): value}.
 
     Raises:
         CheckpointError: listing names that `name_of` returns None for, or one name for two.
     """
-    renamed, source, unknown, twice = {}, {}, [], []
+    renamed: dict[str, torch.Tensor] = {}
+    source: dict[str, str] = {}
+    unknown, twice = [], []
     for name, value in state.items():
         new = name_of(name)
         if new is None:
@@ -111,7 +116,9 @@ def rename(state, name_of):
     return renamed
 
 
-def to_mabn(state, keep_buffers=False):
+def to_mabn(
+    state: Mapping[str, torch.Tensor], keep_buffers: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
     """Bring every norm `X.norm` behind a convolution `X` to MABN's form.
 
     running_var stays; the windows and their counter are kept together, or dropped together so that
@@ -127,9 +134,10 @@ def to_mabn(state, keep_buffers=False):
     Raises:
         CheckpointError: if windows are to be kept that are not all there, or a norm lacks entries.
     """
-    state, dropped = dict(state), {}
+    state = dict(state)
+    dropped: dict[str, list[str]] = {}
 
-    def drop(rule, *names):
+    def drop(rule: str, *names: str) -> None:
         dropped.setdefault(rule, []).extend(
             name for name in names if state.pop(name, None) is not None
         )
@@ -171,7 +179,7 @@ def to_mabn(state, keep_buffers=False):
     return state, {rule: names for rule, names in dropped.items() if names}, bool(centred)
 
 
-def _fold_mean(state, conv, drop):
+def _fold_mean(state: dict[str, torch.Tensor], conv: str, drop: Callable[..., None]) -> bool:
     """Fold running_mean and the convolution's bias into the norm's bias.
 
     Returns:
@@ -202,7 +210,9 @@ def _fold_mean(state, conv, drop):
     return changes
 
 
-def convert_batch_norms(state, norms):
+def convert_batch_norms(
+    state: Mapping[str, torch.Tensor], norms: Iterable[str]
+) -> dict[str, torch.Tensor]:
     """Convert the BatchNorms `norms` of a state dict to MABN's form: centred filters, mean folded.
 
     Args:
@@ -217,7 +227,7 @@ def convert_batch_norms(state, norms):
     """
     state = dict(state)
 
-    def drop(rule, *names):
+    def drop(rule: str, *names: str) -> None:
         for name in names:
             state.pop(name, None)
 
@@ -233,18 +243,18 @@ def convert_batch_norms(state, norms):
     return state
 
 
-def has_centred_filters(filters):
+def has_centred_filters(filters: torch.Tensor) -> bool:
     """Return whether every filter of a weight (O, I, kH, kW) has mean zero, up to rounding."""
     return filters.dim() == 4 and not _own_means(filters.double()).any()
 
 
-def _own_means(filters):
+def _own_means(filters: torch.Tensor) -> torch.Tensor:
     """Return the means (O,) of filters (O, I, kH, kW); exactly 0 of those that are centred."""
     means = filters.mean((1, 2, 3))
     return torch.where(means.abs() > 1e-5 * filters.abs().mean(), means, 0)
 
 
-def _mean_left(own, mean, var):
+def _mean_left(own: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
     """Return an estimate of the mean (O,) that a convolution's outputs keep when it is centred.
 
     An output is that of the centred filter plus the filter's `own` mean times the sum s of the
@@ -257,7 +267,9 @@ def _mean_left(own, mean, var):
     return mean - own * (mean * own / var).sum() / total if total > 0 else mean
 
 
-def check(state, expected):
+def check(
+    state: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return `state` in the dtypes of a model's `expected` state dict, after a comparison with it.
 
     Windows may be missing, and of any length.
@@ -301,7 +313,7 @@ def check(state, expected):
     return state
 
 
-def _shape(name, value):
+def _shape(name: str, value: torch.Tensor) -> tuple[int | str, ...]:
     """Return the shape that an entry must have: windows are of any length."""
     shape = tuple(value.shape)
     return ("m", *shape[1:]) if name.endswith(WINDOWS[:2]) else shape

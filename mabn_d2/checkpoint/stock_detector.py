@@ -86,7 +86,7 @@ def stock_config(cfg: CfgNode, into: str = "frozen_bn") -> CfgNode:
     return new
 
 
-def _delete(node, extended, stock):
+def _delete(node: CfgNode, extended: CfgNode, stock: CfgNode) -> None:
     """Delete the keys that `extended` has beside those of `stock`."""
     for key, value in extended.items():
         if key not in stock:

@@ -1,7 +1,7 @@
 """Whether the weights of a file belong to a model. This is decided before any of them is loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -64,7 +64,9 @@ def check_norms(model: nn.Module, state: Mapping[str, torch.Tensor], source: str
             f"{source} has BatchNorm where the model has MABN ({_count(batch_norm)}), and so filters "
             f"that are not centred: {_CONVERT}"
         )
-    no_statistics, mabn, other = [], {}, {}
+    no_statistics: list[str] = []
+    mabn: dict[str, list[str]] = {}
+    other: dict[str, list[str]] = {}
     for name, norm in model.named_modules():
         in_file = {
             entry
@@ -167,13 +169,13 @@ def check_entries(
     return line
 
 
-def _count(names):
+def _count(names: Sequence[str]) -> str:
     return f"{len(names)} norms, the first {names[0]}"
 
 
-def _groups(names):
+def _groups(names: Iterable[str]) -> str:
     """Return names by the part of the model that they belong to, with counts."""
-    counts = {}
+    counts: dict[str, int] = {}
     for name in names:
         part = ".".join(name.split(".")[:-1][:2]) or name
         part = re.sub(r"\d+$", "", part)  # fpn_lateral2, fpn_lateral3 ... are one part
