@@ -1,6 +1,8 @@
 """Classifiers with a norm of one's choice: torchvision's ResNets, and a small one for small images."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torchvision
 from torch import nn
@@ -27,7 +29,7 @@ def norm_names() -> list[str]:
 class SmallNet(nn.Sequential):
     """Nine 3x3 convolutions of 16, 32 and 64 channels, each three starting with stride 2."""
 
-    def __init__(self, num_classes, norm_layer):
+    def __init__(self, num_classes: int, norm_layer: Callable[[int], nn.Module]) -> None:
         layers, before = [], 3
         for channels in (16, 32, 64):
             for stride in (2, 1, 1):
@@ -39,7 +41,9 @@ class SmallNet(nn.Sequential):
         super().__init__(*layers, *pool)
 
 
-def build_classifier(arch, norm, norm_batch, simulated_batch, num_classes, **settings):
+def build_classifier(
+    arch: str, norm: str, norm_batch: int, simulated_batch: int, num_classes: int, **settings: Any
+) -> nn.Module:
     """Return a classifier of (N, 3, H, W) whose norm has batches of `norm_batch` images.
 
     Args:
@@ -68,13 +72,14 @@ def build_classifier(arch, norm, norm_batch, simulated_batch, num_classes, **set
         if row.has_window:
             settings["simulated_batch_size"] = simulated_batch
         split = row.split_layer is not None
-        norm_layer = partial(new_norm, norm.upper(), split=split, **settings)
+        norm_layer: Callable[[int], nn.Module] = partial(new_norm, norm.upper(), split=split, **settings)
     else:
-        norm_layer = {
+        layers: dict[str, Callable[[int], nn.Module]] = {
             "bn": partial(SplitBatchNorm2d, batch_size=norm_batch),
             "gn": lambda channels: nn.GroupNorm(min(32, channels // 4), channels),
             "syncbn": nn.BatchNorm2d,
-        }[norm]
+        }
+        norm_layer = layers[norm]
     if arch == "small":
         model = SmallNet(num_classes, norm_layer)
     else:

@@ -18,6 +18,9 @@ class MABNAct2d(MABN2d):
         settings: the other arguments of MABN2d.
     """
 
+    # What `convert_mabn` made it from, without parameters, buffers and children.
+    stock: nn.Module
+
     def __init__(self, num_features: int, drop: nn.Module, act: nn.Module, **settings: Any) -> None:
         super().__init__(num_features, **settings)
         self.drop, self.act = drop, act

@@ -1,6 +1,10 @@
 """ResNet and ResNet-FPN backbones whose every norm is MABN."""
 
+from typing import Any
+
 import fvcore.nn.weight_init as weight_init
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
@@ -23,7 +27,7 @@ BLOCKS_PER_STAGE = {
 class PublishedResNet(ResNet):
     """Detectron2's ResNet, its convolutions in the published initial state: kaiming_uniform, a = 1."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -31,7 +35,7 @@ class PublishedResNet(ResNet):
 
 
 @register(BACKBONE_REGISTRY)
-def build_mabn_resnet_backbone(cfg, input_shape):
+def build_mabn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Build a ResNet with MABN behind every convolution, its weights in the published init.
 
     MODEL.RESNETS is read as by Detectron2's `build_resnet_backbone`, except that
@@ -46,7 +50,7 @@ def build_mabn_resnet_backbone(cfg, input_shape):
     return configure_mabn(_build_resnet(cfg, input_shape, NORM), **norm_settings(cfg))
 
 
-def _build_resnet(cfg, input_shape, norm):
+def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec, norm: str) -> ResNet:
     node = cfg.MODEL.RESNETS
     basic = node.DEPTH < 50
     _check(node.DEPTH in BLOCKS_PER_STAGE, cfg, "MODEL.RESNETS.DEPTH", f"of {[*BLOCKS_PER_STAGE]}")
@@ -66,7 +70,10 @@ def _build_resnet(cfg, input_shape, norm):
     for stage, num_blocks in enumerate(BLOCKS_PER_STAGE[node.DEPTH], start=2):
         dilation = node.RES5_DILATION if stage == 5 else 1
         first_stride = 1 if stage == 2 or dilation == 2 else 2
-        kwargs = {"stride_per_block": [first_stride] + [1] * (num_blocks - 1), "norm": norm}
+        kwargs: dict[str, Any] = {
+            "stride_per_block": [first_stride] + [1] * (num_blocks - 1),
+            "norm": norm,
+        }
         if not basic:
             kwargs |= {
                 "bottleneck_channels": bottleneck_channels,
@@ -91,7 +98,7 @@ def _build_resnet(cfg, input_shape, norm):
 
 
 @register(BACKBONE_REGISTRY)
-def build_mabn_resnet_fpn_backbone(cfg, input_shape):
+def build_mabn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build an FPN over `build_mabn_resnet_backbone`, MABN in its convolutions too.
 
     MODEL.FPN is read as by Detectron2's `build_resnet_fpn_backbone`, except that the norm is MABN
@@ -106,7 +113,7 @@ def build_mabn_resnet_fpn_backbone(cfg, input_shape):
 
 
 @register(BACKBONE_REGISTRY)
-def build_any_norm_resnet_fpn_backbone(cfg, input_shape):
+def build_any_norm_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build what `build_mabn_resnet_fpn_backbone` builds under RESNETS.NORM and FPN.NORM, any norm.
 
     The baselines' configs use it, so that a comparison changes the norms only: depths, widths and
@@ -116,7 +123,7 @@ def build_any_norm_resnet_fpn_backbone(cfg, input_shape):
     return _build_fpn(cfg, resnet, cfg.MODEL.FPN.NORM)
 
 
-def _build_fpn(cfg, bottom_up, norm):
+def _build_fpn(cfg: CfgNode, bottom_up: ResNet, norm: str) -> FPN:
     node = cfg.MODEL.FPN
     return FPN(
         bottom_up=bottom_up,
@@ -128,7 +135,7 @@ def _build_fpn(cfg, bottom_up, norm):
     )
 
 
-def _check(good, cfg, key, wanted):
+def _check(good: bool, cfg: CfgNode, key: str, wanted: str) -> None:
     if not good:
         value = cfg
         for name in key.split("."):

@@ -1,5 +1,7 @@
 """The box head in the published initial state."""
 
+from typing import Any
+
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 from torch import nn
 
@@ -13,7 +15,7 @@ class PublishedConvFCHead(FastRCNNConvFCHead):
     Detectron2's own start as kaiming_normal; fc layers are the same in both.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for conv in self.conv_norm_relus:
             nn.init.normal_(conv.weight, std=0.01)

@@ -11,9 +11,18 @@ class CenNormConv2d(CenConv2d, Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
-        x = self._conv_forward(x, self.weight, self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+        return apply_norm_and_activation(self, self._conv_forward(x, self.weight, self.bias))
+
+
+def apply_norm_and_activation(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Return the output x of `conv` behind the norm and the activation that it holds, if any.
+
+    Args:
+        conv: one of Detectron2's convolutions, deformable ones too.
+        x: (N, out_channels, H, W).
+    Returns:
+        The same shape.
+    """
+    if conv.norm is not None:
+        x = conv.norm(x)
+    return x if conv.activation is None else conv.activation(x)

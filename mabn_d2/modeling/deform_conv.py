@@ -1,5 +1,7 @@
 """Detectron2's deformable convolutions with centred filters; they need its compiled operators."""
 
+from collections.abc import Callable
+
 import torch
 from detectron2.layers.deform_conv import (
     DeformConv,
@@ -9,6 +11,7 @@ from detectron2.layers.deform_conv import (
 )
 
 from ..layers import center_weight
+from .convolutions import apply_norm_and_activation
 
 
 class CenDeformConv(DeformConv):
@@ -18,21 +21,7 @@ class CenDeformConv(DeformConv):
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         if x.numel() == 0:
             return super().forward(x, offset)
-        x = deform_conv(
-            x,
-            offset,
-            center_weight(self.weight),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.deformable_groups,
-        )
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+        return _run(self, deform_conv, x, offset, center_weight(self.weight))
 
 
 class CenModulatedDeformConv(ModulatedDeformConv):
@@ -42,20 +31,15 @@ class CenModulatedDeformConv(ModulatedDeformConv):
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         if x.numel() == 0:
             return super().forward(x, offset, mask)
-        x = modulated_deform_conv(
-            x,
-            offset,
-            mask,
-            center_weight(self.weight),
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.deformable_groups,
-        )
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+        weight = center_weight(self.weight)
+        return _run(self, modulated_deform_conv, x, offset, mask, weight, self.bias)
+
+
+def _run(
+    conv: DeformConv | ModulatedDeformConv,
+    operator: Callable[..., torch.Tensor],
+    *tensors: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what a deformable convolution makes of the operator's tensors."""
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups, conv.deformable_groups
+    return apply_norm_and_activation(conv, operator(*tensors, *geometry))

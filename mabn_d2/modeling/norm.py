@@ -17,15 +17,19 @@ which Detectron2 does for "BN" and "SyncBN" by their names.
 
 import logging
 import sys
+from collections.abc import Callable
 from types import FunctionType
+from typing import Any, NoReturn, TypeGuard
 
 import detectron2.layers
 import detectron2.modeling
+from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch import retinanet
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..layers import MABN2d, PerLevelNorm
+from ..layers.base import ConfigurableNorm
 from ..solver import detectron2_optimizer_params, get_default_optimizer_params
 from ..surgery.convolutions import center_conv, check_conv, is_convolution
 from ..surgery.first_forward import check_in_first_forward
@@ -35,7 +39,7 @@ from .norm_table import NORMS, configure_norms, norm_layers, scale_norm_schedule
 NORM = "MABN"
 
 
-def _stock(function: FunctionType) -> FunctionType:
+def _stock(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return Detectron2's function, which an earlier import of this package may have replaced."""
     return getattr(function, "_stock", function)
 
@@ -44,7 +48,7 @@ detectron2_get_norm = _stock(detectron2.layers.get_norm)
 detectron2_build_model = _stock(detectron2.modeling.build_model)
 
 
-def get_norm(norm, out_channels):
+def get_norm(norm: str | Callable[[int], nn.Module], out_channels: int) -> nn.Module | None:
     """`detectron2.layers.get_norm` that knows the norms of `NORMS`, too.
 
     Args:
@@ -68,33 +72,38 @@ def get_norm(norm, out_channels):
         ) from error
 
 
-def new_norm(name: str, num_features: int, split: bool = False, **settings: object) -> nn.Module:
+def new_norm(name: str, num_features: int, split: bool = False, **settings: Any) -> nn.Module:
     """Return a norm of `NORMS`; one that needs a centred convolution waits for it.
 
     Args:
         split: the form for normalization batches smaller than the batch, if the norm has one.
         settings: arguments of the layer.
+    Raises:
+        ValueError: if the norm has no such form.
     """
     row = NORMS[name]
-    layer = (row.split_layer if split else row.layer)(num_features, **settings)
+    make: Callable[..., nn.Module] | None = row.split_layer if split else row.layer
+    if make is None:
+        raise ValueError(f"{name} has no form for normalization batches smaller than the batch")
+    layer = make(num_features, **settings)
     if row.needs_centring:
         layer.register_forward_pre_hook(_refuse)
     return layer
 
 
-def _refuse(layer, args):
+def _refuse(layer: nn.Module, args: tuple[Any, ...]) -> NoReturn:
     raise RuntimeError(
         f"{layer} has no convolution to centre: it was not attached to a Conv2d, nor put behind "
         "one in the same module"
     )
 
 
-def is_unpaired(module: nn.Module) -> bool:
+def is_unpaired(module: nn.Module | None) -> TypeGuard[ConfigurableNorm]:
     """Return True for a norm from `get_norm` that still waits for a convolution to be centred."""
     return isinstance(module, nn.Module) and _refuse in module._forward_pre_hooks.values()
 
 
-def _pair(parent, name, module):
+def _pair(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Registration hook: centre the convolution that a new norm `module` is attached to.
 
     Unless the parent's structure leaves no doubt, the first training forward checks the pair.
@@ -114,11 +123,14 @@ def _pair(parent, name, module):
         del hooks[key]
     if conv is not parent and type(parent).forward not in RUN_IN_TURN:
         where = type(parent).__qualname__
-        names = {module: f"{name} in {where}", conv: f"{conv_name} in {where}"}
+        names: dict[nn.Module, str] = {
+            module: f"{name} in {where}",
+            conv: f"{conv_name} in {where}",
+        }
         check_in_first_forward(module, (conv,), names)
 
 
-def _split_levels(parent, name, module):
+def _split_levels(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Registration hook: norms of a subnet that is attached to a RetinaNetHead become one a level."""
     if isinstance(parent, retinanet.RetinaNetHead) and isinstance(module, nn.Sequential):
         for i, layer in enumerate(module):
@@ -142,7 +154,7 @@ def check_paired(model: nn.Module) -> None:
         )
 
 
-def configure_mabn(model: nn.Module, **settings: object) -> nn.Module:
+def configure_mabn(model: nn.Module, **settings: Any) -> nn.Module:
     """Set the arguments of every MABN layer of a built model, and return the model.
 
     Args:
@@ -157,7 +169,7 @@ def configure_mabn(model: nn.Module, **settings: object) -> nn.Module:
     return model
 
 
-def build_model(cfg):
+def build_model(cfg: CfgNode) -> nn.Module:
     """`detectron2.modeling.build_model`, its norms set by the nodes MODEL.MABN, MODEL.BRN and MODEL.GN.
 
     MABN layers apply the ReLU behind them (`fuse_relu`). A model without norms of `NORMS` is left
@@ -173,7 +185,7 @@ def build_model(cfg):
     return model
 
 
-def replace_everywhere(stock: FunctionType, ours: FunctionType) -> None:
+def replace_everywhere(stock: Callable[..., Any], ours: Callable[..., Any]) -> None:
     """Let every loaded module that holds Detectron2's function `stock` hold `ours` instead.
 
     Modules that are loaded later import it from where it is defined.
@@ -188,7 +200,7 @@ def replace_everywhere(stock: FunctionType, ours: FunctionType) -> None:
         for name, value in list(contents.items()):
             if isinstance(value, FunctionType) and value in held:
                 setattr(module, name, ours)
-    ours._stock = stock
+    vars(ours)["_stock"] = stock
     # LazyConfig.save writes this name, which a process without this package knows.
     ours.__module__ = stock.__module__
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import AUTO
 from ..layers import BatchRenorm2d, MABN2d, SplitBatchRenorm2d, SplitMABN2d
+from ..layers.base import ConfigurableNorm
 
 DETECTRON2_NUM_GROUPS = 32  # of its "GN"
 
@@ -26,7 +27,8 @@ class NormType:
     """One norm.
 
     Attributes:
-        layer: made as `layer(num_features, **settings)`, with a method `configure(**settings)`.
+        layer: a class such as ConfigurableNorm, made as `layer(num_features, **settings)`, with a
+            method `configure(**settings)`.
         settings: returns the settings of a layer that a config asks for, from its node `MODEL.<name>`.
         split_layer: makes the form for normalization batches smaller than the batch (classification)
             as `split_layer(num_features, batch_size=..., **settings)`; None if there is none.
@@ -34,7 +36,7 @@ class NormType:
         has_window: whether the layer averages over a window of `simulated_batch_size` images.
     """
 
-    layer: type[nn.Module]
+    layer: type[ConfigurableNorm]
     settings: Callable[[CfgNode], dict[str, Any]]
     split_layer: Callable[..., nn.Module] | None = None
     needs_centring: bool = False
@@ -166,5 +168,6 @@ def scale_norm_schedules(model: nn.Module, accumulation_steps: int) -> None:
     if accumulation_steps == 1:
         return
     for module in model.modules():
-        if hasattr(module, "scale_schedule"):
-            module.scale_schedule(accumulation_steps)
+        scale_schedule = getattr(module, "scale_schedule", None)
+        if scale_schedule is not None:
+            scale_schedule(accumulation_steps)

@@ -3,7 +3,7 @@
 import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 
-from ..layers import PerLevelNorm
+from ..layers import MABN2d, PerLevelNorm
 from ..surgery.frozen_batch_norm import FrozenActMixin
 
 
@@ -17,11 +17,12 @@ def cycle_batch_norms(norms: PerLevelNorm) -> CycleBatchNormList:
 
     One FrozenBatchNorm2d can't hold the statistics of several levels (RetinaNet's head).
     """
-    levels = CycleBatchNormList(len(norms), num_features=norms[0].num_features)
-    levels = levels.to(norms[0].running_var)
-    levels.weight.copy_(norms[0].weight)
-    levels.bias.copy_(norms[0].bias)
-    for level, norm in zip(levels, norms, strict=True):
+    layers = [norm for norm in norms if isinstance(norm, MABN2d)]
+    levels = CycleBatchNormList(len(layers), num_features=layers[0].num_features)
+    levels = levels.to(layers[0].running_var)
+    levels.weight.copy_(layers[0].weight)
+    levels.bias.copy_(layers[0].bias)
+    for level, norm in zip(levels, layers, strict=True):
         # A config has no eps for them.
         level.running_var.copy_((norm.running_var.double() + norm.eps - level.eps).clamp(min=0))
     return levels.train(norms.training)

@@ -13,7 +13,7 @@ from ..layers import MABN2d, MABNAct2d, PerLevelNorm, SplitBatchNorm2d, SplitMAB
 # Norms that are BatchNorm of 2d features and nothing else, by their exact class or forward.
 PLAIN_BATCH_NORMS: set[type[nn.Module]] = {nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm2d}
 # Lists of BatchNorms, one for each feature level, that share `weight` and `bias`.
-BATCH_NORM_LISTS: set[type[nn.Module]] = set()
+BATCH_NORM_LISTS: set[type[nn.ModuleList]] = set()
 
 _PARAMETERS = {"weight", "bias"}
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -36,30 +36,33 @@ def mabn_like(norm: nn.Module, settings: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: for any other norm, because MABN would lose what it does.
     """
-    levels = list(norm) if isinstance(norm, tuple(BATCH_NORM_LISTS)) else [norm]
+    lists = tuple(BATCH_NORM_LISTS)
+    levels = list(norm) if isinstance(norm, lists) else [norm]
     act = _check_kind(norm, levels)
-    if norm.weight is None:
-        raise ValueError("it has no weight (affine=False), which MABN always has")
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    if weight is None or bias is None:
+        raise ValueError("it has no weight or no bias (affine=False), which MABN always has")
     settings = {"eps": levels[0].eps} | settings
     split = bool(settings.pop("split_batch", False))
-    like: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     new: nn.Module
     if act:
         cls = SplitMABNAct2d if split else MABNAct2d
-        new = cls(norm.weight.numel(), norm.drop, norm.act, **settings, **like)
+        drop, activation = norm.get_submodule("drop"), norm.get_submodule("act")
+        new = cls(weight.numel(), drop, activation, **settings, **like)
         # Its class and arguments, for fold_mabn(into="batch_norm"); hidden from torch.
         shell = copy.copy(norm)
         shell._parameters, shell._buffers, shell._modules = {}, {}, {}
         new.__dict__["stock"] = shell
     else:
-        new = MABN2d(norm.weight.numel(), split_batch=split, **settings, **like)
+        new = MABN2d(weight.numel(), split_batch=split, **settings, **like)
     # The same parameters: an optimizer may hold them already.
-    new.weight, new.bias = norm.weight, norm.bias
+    new.weight, new.bias = weight, bias
     if levels != [norm]:
         new = PerLevelNorm(new, len(levels))
     layers = [module for module in new.modules() if isinstance(module, MABN2d)]
     for layer, old in zip(layers, levels, strict=True):
-        if old.running_var is not None:
+        if isinstance(old.running_var, torch.Tensor):
             layer.running_var.copy_(old.running_var)
     return new.train(norm.training)
 
@@ -84,7 +87,7 @@ def _check_kind(norm: nn.Module, levels: list[nn.Module]) -> bool:
     plain = {kind.forward for kind in PLAIN_BATCH_NORMS}
     if cls.forward in plain and not norm._modules:
         return False
-    if set(norm._modules) == _ACT and _is_norm_drop_act(norm):
+    if set(norm._modules) == _ACT and _is_norm_drop_act(levels[0]):
         return True
     raise ValueError(
         f"{cls.__module__}.{cls.__qualname__} has a forward of its own, which MABN would lose: "
@@ -93,7 +96,7 @@ def _check_kind(norm: nn.Module, levels: list[nn.Module]) -> bool:
 
 
 @torch.no_grad()
-def _is_norm_drop_act(norm: nn.Module) -> bool:
+def _is_norm_drop_act(norm: _BatchNorm) -> bool:
     """Return True if a copy of `norm` computes act(drop(BatchNorm)), in evaluation."""
     probe = copy.deepcopy(norm)
     if norm.weight is None:
@@ -102,7 +105,7 @@ def _is_norm_drop_act(norm: nn.Module) -> bool:
         probe = probe.to_empty(device="cpu")
         probe.reset_parameters()
     probe = probe.float().cpu().eval()
-    if probe.running_mean is not None:
+    if probe.running_mean is not None and probe.running_var is not None:
         probe.running_mean.uniform_(-1, 1)
         probe.running_var.uniform_(0.5, 2)
     probe.weight.uniform_(0.5, 2)
@@ -111,4 +114,4 @@ def _is_norm_drop_act(norm: nn.Module) -> bool:
     y = F.batch_norm(
         x, *statistics, probe.weight, probe.bias, statistics[0] is None, 0.0, probe.eps
     )
-    return torch.equal(probe(x), probe.act(probe.drop(y)))
+    return torch.equal(probe(x), probe.get_submodule("act")(probe.get_submodule("drop")(y)))

@@ -11,7 +11,7 @@ from .batch_norms import BATCH_NORM_LISTS, is_batch_norm, mabn_like
 from .convolutions import center_conv, check_conv
 from .first_forward import check_in_first_forward
 from .in_place import become
-from .pairs import find_pairs
+from .pairs import Pair, find_pairs
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def convert_mabn(model: nn.Module, example_inputs: Any = None, **settings: Any) 
     MABN2d(1).configure(**settings)
     norms = dict(_batch_norms(model))
     pairs = find_pairs(model, norms, example_inputs)
-    new, problems = {}, []
+    new: dict[nn.Module, nn.Module] = {}
+    good: dict[nn.Module, Pair] = {}
+    problems = []
     for norm, path in norms.items():
         try:
             new[norm] = mabn_like(norm, settings)
@@ -57,7 +59,8 @@ def convert_mabn(model: nn.Module, example_inputs: Any = None, **settings: Any) 
             if isinstance(pair, str):
                 raise ValueError(pair)
             for conv in pair.convs:
-                check_conv(conv, norm.weight.numel())
+                check_conv(conv, norm.get_parameter("weight").numel())
+            good[norm] = pair
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
     if len(problems) > 20:
@@ -67,14 +70,14 @@ def convert_mabn(model: nn.Module, example_inputs: Any = None, **settings: Any) 
     if problems:
         raise ValueError("can't convert to MABN:\n" + "\n".join(problems))
     names = {module: name for name, module in model.named_modules()}
-    for norm in norms:
-        for conv in pairs[norm].convs:
+    for norm, pair in good.items():
+        for conv in pair.convs:
             center_conv(conv)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
         become(norm, new[norm])
-        if not pairs[norm].certain:
-            check_in_first_forward(norm, pairs[norm].convs, names)
+        if not pair.certain:
+            check_in_first_forward(norm, pair.convs, names)
     _logger.warning(
         f"{len(norms)} norms are MABN now, their statistics those of BatchNorm: train the model, "
         "or re-estimate them from data, before evaluating it"
@@ -84,7 +87,8 @@ def convert_mabn(model: nn.Module, example_inputs: Any = None, **settings: Any) 
 
 def _batch_norms(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield (norm, path) of every BatchNorm or list of them."""
-    inside = {norm for m in model.modules() if type(m) in BATCH_NORM_LISTS for norm in m}
+    lists = tuple(BATCH_NORM_LISTS)
+    inside = {norm for m in model.modules() if isinstance(m, lists) for norm in m}
     for path, module in model.named_modules():
         if is_batch_norm(module) and module not in inside:
             yield module, path or "the model"

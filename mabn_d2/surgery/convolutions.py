@@ -6,11 +6,15 @@ stay. What a class of another library needs is registered by the module that imp
 """
 
 from importlib import import_module
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 
 from ..layers import CenConv2d, CenConvTranspose2d, MABN2d, center_transposed_weight, center_weight
+
+# For annotations. Those of other libraries that don't derive from it have the same attributes.
+Convolution: TypeAlias = nn.modules.conv._ConvNd
 
 # {stock class: class with centred filters}. Subclasses have forwards of their own, which an exchange
 # of the class would lose, so classes are looked up by their exact type.
@@ -53,12 +57,16 @@ def _known(cls: type) -> bool:
     return cls in CENTRED or cls in CENTRED.values() or cls in STANDARDIZED
 
 
-def is_centred(module: nn.Module) -> bool:
+def _can_be_centred(module: nn.Module) -> TypeGuard[Convolution]:
+    return _known(type(module))
+
+
+def is_centred(module: nn.Module) -> TypeGuard[Convolution]:
     """Return True if the filters of `module` are centred in its forward."""
     return _known(type(module)) and type(module) not in CENTRED
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     """Return True for every convolution, whether it can be centred or not."""
     return isinstance(module, nn.modules.conv._ConvNd) or _known(type(module))
 
@@ -74,7 +82,7 @@ def check_conv(conv: nn.Module, num_features: int) -> None:
     cls = type(conv)
     if nn.utils.parametrize.is_parametrized(conv):
         raise ValueError(_recomputed(conv, "a parametrization"))
-    if not _known(cls):
+    if not _can_be_centred(conv):
         known = [*CENTRED, *STANDARDIZED]
         raise TypeError(
             f"MABN needs a zero-centred convolution in front, which {cls.__module__}."
@@ -105,7 +113,7 @@ def check_plain_weight(conv: nn.Module) -> None:
 
 def check_weights(model: nn.Module) -> None:
     """Raise ValueError naming a centred convolution or a norm whose weight something else computes."""
-    kinds = (*CENTRED.values(), MABN2d)
+    kinds: tuple[type[nn.Module], ...] = (*CENTRED.values(), MABN2d)
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             if nn.utils.parametrize.is_parametrized(module):
@@ -116,7 +124,7 @@ def check_weights(model: nn.Module) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def _recomputed(conv, by):
+def _recomputed(conv: nn.Module, by: str) -> str:
     return (
         f"the weight of {type(conv).__name__} is computed by {by}: remove it first "
         "(remove_weight_norm, remove_spectral_norm, prune.remove, remove_parametrizations)"
@@ -140,7 +148,7 @@ def center_conv(conv: nn.Module) -> None:
         conv.__class__ = CENTRED.get(type(conv), type(conv))
 
 
-def effective_filters(conv: nn.Module) -> torch.Tensor:
+def effective_filters(conv: Convolution) -> torch.Tensor:
     """Return the stock weight that gives the outputs of a centred convolution."""
     if type(conv) in STANDARDIZED:
         return conv.weight  # its stock class standardizes, too
@@ -149,7 +157,7 @@ def effective_filters(conv: nn.Module) -> torch.Tensor:
     return center_weight(conv.weight)
 
 
-def per_filter(conv: nn.Module, vector: torch.Tensor) -> torch.Tensor:
+def per_filter(conv: Convolution, vector: torch.Tensor) -> torch.Tensor:
     """Return a vector (out_channels,) in the shape that multiplies the filters of `conv`."""
     if isinstance(conv, nn.ConvTranspose2d):  # weight (in, out / groups, kH, kW)
         each = vector.reshape(conv.groups, -1)
@@ -166,5 +174,5 @@ def to_stock(conv: nn.Module) -> None:
         weight = effective_filters(conv)
     # A new parameter: other modules may share the old one.
     conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
-    stock = {centred: stock for stock, centred in CENTRED.items()}
+    stock: dict[type, type[Any]] = {centred: stock for stock, centred in CENTRED.items()}
     conv.__class__ = stock[type(conv)]

@@ -13,7 +13,14 @@ from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
 from ..layers.norm_act import MABNAct2d
-from .convolutions import check_bias, check_weights, is_convolution, per_filter, to_stock
+from .convolutions import (
+    Convolution,
+    check_bias,
+    check_weights,
+    is_convolution,
+    per_filter,
+    to_stock,
+)
 from .first_forward import remove_check
 from .fuse_relu import unfuse_relu
 from .in_place import become
@@ -89,7 +96,7 @@ def fold_in_place(model: nn.Module, into: str, example_inputs: Any = None) -> nn
         remove_check(module)
         # Detectron2's Conv2d has None where it has no norm.
         if is_convolution(module) and type(getattr(module, "norm", None)) is nn.Identity:
-            module.norm = None
+            module.register_module("norm", None)
     return model
 
 
@@ -162,28 +169,32 @@ def _frozen(norm: MABN2d) -> nn.Module:
 def _batch_norm(norm: MABN2d) -> nn.Module:
     like: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
     behind = _behind(norm)
-    stock = nn.BatchNorm2d(norm.num_features, norm.eps, **like)
+    new: nn.Module
+    new = stock = nn.BatchNorm2d(norm.num_features, norm.eps, **like)
     if isinstance(norm, MABNAct2d):
         new = copy.copy(norm.stock)
-        new.eps, new.num_features, new.affine, new.track_running_stats = (
-            norm.eps, norm.num_features, True, True
-        )  # fmt: skip
-        new._parameters, new._buffers = stock._parameters, stock._buffers
-        new._modules = {"drop": norm.drop, "act": norm.act}
-        stock = new
+        vars(new).update(
+            eps=norm.eps,
+            num_features=norm.num_features,
+            affine=True,
+            track_running_stats=True,
+            _parameters=stock._parameters,
+            _buffers=stock._buffers,
+            _modules={"drop": norm.drop, "act": norm.act},
+        )
     elif behind:
         raise ValueError(
             "nn.BatchNorm2d can't apply the ReLU of MABN2d(activation=\"relu\"): use into='frozen_bn'"
         )
     with torch.no_grad():
         for name in ("weight", "bias", "running_var"):
-            getattr(stock, name).copy_(getattr(norm, name))
+            getattr(new, name).copy_(getattr(norm, name))
     for name in ("weight", "bias"):
-        getattr(stock, name).requires_grad_(getattr(norm, name).requires_grad)
-    return stock.train(norm.training)
+        getattr(new, name).requires_grad_(getattr(norm, name).requires_grad)
+    return new.train(norm.training)
 
 
-def _fold_into(convs: tuple[nn.Module, ...], norm: MABN2d) -> nn.Module:
+def _fold_into(convs: tuple[Convolution, ...], norm: MABN2d) -> nn.Module:
     """Fold `norm` into the convolutions in front, and return what is left of it."""
     with torch.no_grad():
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()

@@ -15,8 +15,9 @@ The classes of Detectron2 are registered by `modeling`.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ from torch import nn
 from ..layers import MABN2d, PerLevelNorm
 from ..layers.norm_act import MABNAct2d
 
-# {class of a block: the class without the ReLU behind its convolutions `with_relu`}. Looked up by
-# the exact type: subclasses have forwards of their own.
-FUSED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {}
+# {class of a block: the class without the ReLU behind its convolutions}, whose attribute `with_relu`
+# names these. Looked up by the exact type: subclasses have forwards of their own.
+FUSED_BLOCKS: dict[type[nn.Module], type[Any]] = {}
 # Classes of convolutions that run their `norm` and then their `activation`.
 CONVS_WITH_ACTIVATION: set[type[nn.Module]] = set()
 # Forwards that run the module's children in turn.
@@ -37,7 +38,7 @@ RUN_IN_TURN = {nn.Sequential.forward}
 class Applied(nn.Module):
     """Stands in the place of `relu`, which the norm in front applies."""
 
-    def __init__(self, relu: nn.Module):
+    def __init__(self, relu: nn.Module) -> None:
         super().__init__()
         self.relu = relu
 
@@ -51,12 +52,14 @@ def fuse_relu(model: nn.Module) -> nn.Module:
     What the model computes, its state dict and its parameters stay. Norms that several places
     share are left alone. Call `unfuse_relu` before you replace a norm: its ReLU would go with it.
     """
-    uses = Counter(child for parent in model.modules() for child in parent._modules.values())
+    uses: Counter[object] = Counter(
+        child for parent in model.modules() for child in parent._modules.values()
+    )
 
-    def can_have(norm):
-        return uses[norm] == 1 and all(
-            isinstance(layer, MABN2d) and layer.activation is None for layer in _layers(norm)
-        )
+    def can_have(norm: object) -> bool:
+        layers = _layers(norm)
+        free = bool(layers) and all(layer.activation is None for layer in layers)
+        return free and uses[norm] == 1
 
     for module in list(model.modules()):
         if type(module) in FUSED_BLOCKS:
@@ -79,12 +82,15 @@ def unfuse_relu(model: nn.Module) -> nn.Module:
     A function in the place of Conv2d's `activation` comes back as nn.ReLU. Layers that were made
     with activation="relu" keep it.
     """
-    unfused = {fused: block for block, fused in FUSED_BLOCKS.items()}
+    unfused: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
+        fused: (block, fused.with_relu) for block, fused in FUSED_BLOCKS.items()
+    }
     for module in list(model.modules()):
         if type(module) in unfused:
-            for name in module.with_relu:
+            block, with_relu = unfused[type(module)]
+            for name in with_relu:
                 _set_activation(getattr(module, name).norm, None)
-            module.__class__ = unfused[type(module)]
+            module.__class__ = block
         for norm, name, applied in _followed(module):
             if isinstance(applied, Applied):
                 _set_activation(norm, None)
@@ -92,7 +98,7 @@ def unfuse_relu(model: nn.Module) -> nn.Module:
     return model
 
 
-def _followed(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
+def _followed(module: nn.Module) -> Iterator[tuple[object, str, object]]:
     """Yield (child, name of what runs next on its output, what that is) of a module's children."""
     if isinstance(module, MABNAct2d):
         if type(module.drop) is nn.Identity:
@@ -104,14 +110,16 @@ def _followed(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
             yield child, name, following
 
 
-def _is_relu(function):
+def _is_relu(function: object) -> bool:
     return type(function) is nn.ReLU or function in (F.relu, F.relu_, torch.relu)
 
 
-def _layers(norm):
-    return norm if isinstance(norm, PerLevelNorm) else [norm]
+def _layers(norm: object) -> list[MABN2d]:
+    """Return the MABN layers of a norm: itself, or one for each level; none for another norm."""
+    layers: Iterable[object] = norm if isinstance(norm, PerLevelNorm) else [norm]
+    return [layer for layer in layers if isinstance(layer, MABN2d)]
 
 
-def _set_activation(norm, activation):
+def _set_activation(norm: object, activation: str | None) -> None:
     for layer in _layers(norm):
         layer.activation = activation

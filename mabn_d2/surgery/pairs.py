@@ -13,7 +13,7 @@ is taken from what the model does, as far as this can be found out:
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..layers import CenConv2d, CenConvTranspose2d
-from .convolutions import is_convolution
+from .convolutions import Convolution, is_convolution
 from .fuse_relu import RUN_IN_TURN
 
 # Convolutions that don't run a norm which somebody attaches to them.
@@ -38,7 +38,7 @@ class Pair(NamedTuple):
         exclusive: whether nothing else uses the outputs; None if this is not known.
     """
 
-    convs: tuple[nn.Module, ...]
+    convs: tuple[Convolution, ...]
     certain: bool
     exclusive: bool | None
 
@@ -80,7 +80,7 @@ def find_pairs(
     found: dict[nn.Module, Pair | str] = {}
     for place in places_of(model, norms):
         norm = place.module
-        pair = _held_by_convolution(place, uses)
+        pair: Pair | str | None = _held_by_convolution(place, uses)
         if pair is None and norm in by_data:
             pair = by_data[norm]
         if pair is None and type(place.parent).forward in RUN_IN_TURN:
@@ -213,9 +213,9 @@ def _by_trace(
     calls = [node for node in graph.nodes if called(node) is place.module]
     if not calls:
         return None
-    convs: dict[nn.Module, None] = {}
+    convs: dict[Convolution, None] = {}
     for call in calls:
-        source = call.args[0] if call.args else next(iter(call.kwargs.values()), None)
+        source: Any = call.args[0] if call.args else next(iter(call.kwargs.values()), None)
         while type(called(source)) is nn.Identity:
             source = source.args[0]
         module = called(source)
@@ -260,7 +260,7 @@ def _by_registration(place: Place) -> Pair | str:
 class _Output:
     """One output of a convolution in the recorded forward."""
 
-    def __init__(self, conv: nn.Module, tensor: torch.Tensor) -> None:
+    def __init__(self, conv: Convolution, tensor: torch.Tensor) -> None:
         self.conv, self.tensor, self.version = conv, tensor, version_of(tensor)
         self.norms: set[nn.Module] = set()
         self.other = False
@@ -288,7 +288,13 @@ class _Users(TorchDispatchMode):
         super().__init__()
         self.outputs, self.depth = outputs, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if self.depth == 0:
             for leaf in tree_leaves((args, kwargs)):
@@ -306,12 +312,12 @@ def _by_data(
     inputs: dict[nn.Module, list[_Output | None]] = {}
     users = _Users(outputs)
 
-    def after_conv(conv, args, output):
+    def after_conv(conv: Convolution, args: tuple[Any, ...], output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 outputs[id(tensor)] = _Output(conv, tensor)
 
-    def before_norm(norm, args, kwargs):
+    def before_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         users.depth += 1  # comparisons and the norm itself are no other users
         source = outputs.get(id(x))
@@ -321,7 +327,7 @@ def _by_data(
             source.norms.add(norm)
         inputs.setdefault(norm, []).append(source)
 
-    def after_norm(norm, args, output):
+    def after_norm(norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         users.depth -= 1
 
     handles = []
@@ -354,13 +360,13 @@ def _by_data(
         if len(fed) < len(sources):
             found[norm] = "its input is not the output of a convolution"
             continue
-        convs = tuple(dict.fromkeys(source.conv for source in fed))
+        fed_by = tuple(dict.fromkeys(source.conv for source in fed))
         exclusive = all(
             output.norms == {norm} and not output.other
             for output in outputs.values()
-            if output.conv in convs
+            if output.conv in fed_by
         )
-        found[norm] = Pair(convs, True, exclusive)
+        found[norm] = Pair(fed_by, True, exclusive)
     return found
 
 

@@ -1,11 +1,14 @@
 """running_var from data, at fixed weights: fvcore's `update_bn_stats`, for MABN."""
 
 import logging
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import MABN2d
@@ -20,7 +23,7 @@ class _Reached(Exception):
     """Ends a forward behind the last layer that is of interest."""
 
 
-def layers_to_recalibrate(model):
+def layers_to_recalibrate(model: nn.Module) -> dict[MABN2d, str]:
     """Return {MABN layer: name} of those that are not frozen, whose weight requires grad."""
     return {
         module: name
@@ -30,7 +33,7 @@ def layers_to_recalibrate(model):
 
 
 @torch.no_grad()
-def update_mabn_stats(model, data_loader, num_iters=200):
+def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: int = 200) -> None:
     r"""Set running_var of every MABN layer to the second moment of what reaches it.
 
     In training running_var averages over the last iterations, whose weights differed. Here, with
@@ -102,7 +105,7 @@ def update_mabn_stats(model, data_loader, num_iters=200):
 
 
 @contextmanager
-def _as_in_evaluation(layers):
+def _as_in_evaluation(layers: Collection[nn.Module]) -> Iterator[None]:
     modes = [layer.training for layer in layers]
     try:
         for layer in layers:
@@ -113,11 +116,11 @@ def _as_in_evaluation(layers):
             layer.training = mode
 
 
-def _calls(model, layers, batch):
+def _calls(model: nn.Module, layers: Iterable[MABN2d], batch: Any) -> dict[MABN2d, int]:
     """Return {layer: number of its calls} in one forward, in the order of the first ones."""
-    calls = {}
+    calls: dict[MABN2d, int] = {}
 
-    def count(layer, args):
+    def count(layer: MABN2d, args: tuple[Any, ...]) -> None:
         calls[layer] = calls.get(layer, 0) + 1
 
     hooks = [layer.register_forward_pre_hook(count) for layer in layers]
@@ -129,7 +132,9 @@ def _calls(model, layers, batch):
     return calls
 
 
-def _second_moment(model, layer, batches, calls):
+def _second_moment(
+    model: nn.Module, layer: MABN2d, batches: Iterable[Any], calls: int | None
+) -> torch.Tensor | None:
     """Return E[x^2] (C,) over all inputs of `layer`, on all ranks; None if there are none.
 
     Args:
@@ -138,7 +143,7 @@ def _second_moment(model, layer, batches, calls):
     total = layer.running_var.new_zeros(layer.num_features + 1, dtype=torch.float64)
     seen = 0
 
-    def add(layer, args):
+    def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal seen
         x = args[0]
         if x.numel():

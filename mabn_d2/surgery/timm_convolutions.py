@@ -11,6 +11,11 @@ from .convolutions import register_centred, register_standardized
 class CenConv2dSame(Conv2dSame):
     """timm's Conv2dSame with filters that are centred in the forward."""
 
+    # torch annotates them for convolutions of any number of dimensions.
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         return conv2d_same(
