@@ -118,7 +118,7 @@ def rename(
 
 def to_mabn(
     state: Mapping[str, torch.Tensor], keep_buffers: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], bool]:
     """Bring every norm `X.norm` behind a convolution `X` to MABN's form.
 
     running_var stays; the windows and their counter are kept together, or dropped together so that
