@@ -6,9 +6,9 @@
 A row is NORM:IMAGES, the images in one iteration. NORM:IMAGES/MICRO divides them into micro-batches of
 MICRO images and accumulates their gradients: MABN:8/2 takes one step for 8 images, 2 at a time. With
 xPROCESSES at the end, IMAGES is the images on each of several processes: BN:2x4 and naiveSyncBN:2x4
-see the same 8 images, in normalization batches of 2 and of 8. All rows have the iterations and the learning rate of the config, so a row with more images sees
-more of them. A finished run is not repeated; an interrupted run goes on from its last checkpoint; a
-run of another config is refused.
+see the same 8 images, in normalization batches of 2 and of 8. All rows have the iterations and the
+learning rate of the config, so a row with more images sees more of them. A finished run is not
+repeated; an interrupted run goes on from its last checkpoint; a run of another config is refused.
 
 Writes to --output: runs.csv (a line for each run), table.md (mean and standard deviation over the
 seeds), curves.png, predictions.png (of the first seed). The runs themselves are in runs/.
