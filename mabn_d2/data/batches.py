@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
@@ -55,7 +56,7 @@ class TrainingBatches:
                 for rank, position, index in (record["key"] for record in records)
             ]
 
-    def _micro_batches(self, rank, sampler):
+    def _micro_batches(self, rank: int, sampler: Iterable[int]) -> Iterator[list[dict]]:
         drawn = (
             {"key": (rank, position, index), "width": w, "height": h}
             for position, index in enumerate(map(int, sampler))
@@ -64,14 +65,14 @@ class TrainingBatches:
         return iter(AspectRatioGroupedDataset(drawn, self.batch_size))
 
 
-def _sampler_of(sampler, rank, accumulation_steps):
+def _sampler_of(sampler: Iterable[int], rank: int, accumulation_steps: int) -> Iterable[int]:
     """Return the sampler of one of n times as many ranks."""
     if accumulation_steps == 1:
         return sampler
-    sampler = copy.copy(sampler)
+    own: Any = copy.copy(sampler)
     # Detectron2's samplers read both from the process group when they are made, and take no others.
-    sampler._rank, sampler._world_size = rank, comm.get_world_size() * accumulation_steps
-    return sampler
+    own._rank, own._world_size = rank, comm.get_world_size() * accumulation_steps
+    return own
 
 
 class MicroBatches:

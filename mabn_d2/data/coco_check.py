@@ -144,7 +144,7 @@ def inspect(
 
 def apply_edits(content: dict, edits: Iterable[Edit]) -> None:
     """Change the content of a COCO file in place."""
-    dropped = {"images": set(), "annotations": set()}
+    dropped: dict[str, set[int]] = {"images": set(), "annotations": set()}
     for edit in edits:
         if edit.field is None:
             dropped[edit.key].add(edit.position)
@@ -158,7 +158,7 @@ def apply_edits(content: dict, edits: Iterable[Edit]) -> None:
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] in images]
 
 
-def _check_structure(content, json_file):
+def _check_structure(content: Any, json_file: str) -> None:
     """The lists are there, their entries have all fields, and ids are unique and of one type."""
     for key, fields in FIELDS.items():
         entries = content.get(key) if isinstance(content, dict) else None
@@ -200,7 +200,7 @@ def _check_structure(content, json_file):
         )
 
 
-def _check_ids(entries, key, name, json_file):
+def _check_ids(entries: list[dict], key: str, name: str, json_file: str) -> None:
     """Ids are whole numbers, or all of them are text."""
     values = [entry[name] for entry in entries]
     types = Counter(map(type, values))
@@ -229,7 +229,9 @@ class _Sizes(NamedTuple):
     widths: np.ndarray
 
 
-def _inspect_images(images, json_file, image_root, findings):
+def _inspect_images(
+    images: list[dict], json_file: str, image_root: str, findings: Findings
+) -> _Sizes:
     heights, widths = np.zeros(len(images), np.int64), np.zeros(len(images), np.int64)
     exists = _Files(image_root)
     for position, image in enumerate(images):
@@ -250,17 +252,18 @@ def _inspect_images(images, json_file, image_root, findings):
     return sizes
 
 
-def _is_size(value):
+def _is_size(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < MAX_PIXELS and value == int(value)
 
 
 class _Files:
     """Tells whether files exist; reads each folder once, which is faster than to ask for each file."""
 
-    def __init__(self, root):
-        self.root, self.folders = root, {}
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.folders: dict[str, set[str]] = {}
 
-    def __call__(self, file):
+    def __call__(self, file: str) -> bool:
         folder, name = os.path.split(os.path.join(self.root, file))
         if folder not in self.folders:
             try:
@@ -272,14 +275,16 @@ class _Files:
         return name in self.folders[folder] or _is_file(os.path.join(folder, name))
 
 
-def _is_file(path):
+def _is_file(path: str) -> bool:
     try:
         return os.path.isfile(path)
     except ValueError:  # a null character
         return False
 
 
-def _compare_with_files(images, json_file, image_root, sizes, findings):
+def _compare_with_files(
+    images: list[dict], json_file: str, image_root: str, sizes: _Sizes, findings: Findings
+) -> None:
     """Width and height are those of the image files; a sample, of up to OPENED."""
     usable = np.flatnonzero(sizes.heights)
     sample = usable[np.linspace(0, len(usable) - 1, min(OPENED, len(usable)), dtype=int)]
@@ -306,7 +311,7 @@ def _compare_with_files(images, json_file, image_root, sizes, findings):
     findings.problems.extend(wrong)
 
 
-def _read_size(path):
+def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
     """Return (width, height) as Detectron2 sees an image, and as it is stored; None if unreadable."""
     try:
         with Image.open(path) as image:
@@ -320,7 +325,9 @@ def _read_size(path):
 class _Annotations:
     """Looks at the annotations of a file and adds to `findings`."""
 
-    def __init__(self, content, sizes, findings, masks, evaluation):
+    def __init__(
+        self, content: dict, sizes: _Sizes, findings: Findings, masks: bool, evaluation: bool
+    ) -> None:
         self.annotations, self.images = content["annotations"], content["images"]
         self.findings, self.masks, self.evaluation = findings, masks, evaluation
         positions = {image["id"]: i for i, image in enumerate(self.images)}
@@ -330,12 +337,14 @@ class _Annotations:
         self.heights = np.append(sizes.heights, 0)[self.image_of]
         self.widths = np.append(sizes.widths, 0)[self.image_of]
 
-    def inspect(self):
+    def inspect(self) -> None:
         suspects = set(np.flatnonzero(self.image_of < 0).tolist())
         suspects |= self._scan_boxes() | self._scan_others()
         scan = scan_masks(self.annotations, self.heights, self.widths)
         self.kinds = scan.kinds
-        self.trimmed, self.dropped, self.unmasked = [], [], []
+        self.trimmed: list[int] = []
+        self.dropped: list[int] = []
+        self.unmasked: list[int] = []
         for position in sorted(suspects | scan.suspects):
             self._look_at(position)
         self._note_masks()
@@ -343,7 +352,7 @@ class _Annotations:
             self._fill_in()
         self._count()
 
-    def _scan_boxes(self):
+    def _scan_boxes(self) -> set[int]:
         """Return the positions of boxes that need a closer look; note what is doubtful."""
         numbers, bad = array("d"), set()
         for position, annotation in enumerate(self.annotations):
@@ -383,14 +392,14 @@ class _Annotations:
             self._note(empty, "have no area inside the image, and are not trained on")
         return bad
 
-    def _note(self, which, text):
+    def _note(self, which: np.ndarray, text: str) -> None:
         first = self.annotations[int(np.argmax(which))]
         self.findings.notes.append(
             f"{which.sum()} of {len(which)} boxes {text} (the first: annotation {first['id']}, "
             f"bbox {first['bbox']})"
         )
 
-    def _scan_others(self):
+    def _scan_others(self) -> set[int]:
         """Return the positions whose iscrowd, ignore or keypoints need a closer look."""
         keys = set().union(*Counter(map(tuple, self.annotations)))
         bad = set()
@@ -412,11 +421,12 @@ class _Annotations:
                     bad.add(position)
         return bad
 
-    def _look_at(self, position):
+    def _look_at(self, position: int) -> None:
         """Add what is wrong with one annotation."""
         annotation = self.annotations[position]
         name, image_id = f"annotation {annotation['id']}", annotation["image_id"]
         size = [int(self.heights[position]), int(self.widths[position])]
+        wrong: str | None
         if self.image_of[position] < 0:
             wrong = f"{name} belongs to image {image_id!r}, which is not there"
         elif not size[0]:
@@ -429,7 +439,7 @@ class _Annotations:
             problem = Problem("annotations", annotation["id"], wrong, position)
             self.findings.problems.append(problem)
 
-    def _mask_problem(self, position, annotation, size):
+    def _mask_problem(self, position: int, annotation: dict, size: list[int]) -> str | None:
         """Return what is wrong with the masks, or None if an edit repairs it."""
         masks = annotation.get("segmentation")
         problem = mask_problem(masks, size) if masks else None
@@ -449,7 +459,7 @@ class _Annotations:
             self.dropped.append(position)
         return None
 
-    def _note_masks(self):
+    def _note_masks(self) -> None:
         edits, notes = self.findings.edits, self.findings.notes
         for positions, text in (
             (self.trimmed, "masks have a part of less than three points, which is left out"),
@@ -468,11 +478,11 @@ class _Annotations:
             self.kinds[position] = NO_MASK
             edits.append(Edit("annotations", position, "segmentation", []))
 
-    def _fill_in(self):
+    def _fill_in(self) -> None:
         """What pycocotools needs for an evaluation beside what Detectron2 needs for training."""
-        filled = Counter()
+        filled: Counter[str] = Counter()
 
-        def fill(position, name, value):
+        def fill(position: int, name: str, value: float) -> None:
             filled[name] += 1
             self.findings.edits.append(Edit("annotations", position, name, value))
 
@@ -501,7 +511,7 @@ class _Annotations:
                 f"filled in for the evaluation: {counts} annotations (area from the mask or the box)"
             )
 
-    def _count(self):
+    def _count(self) -> None:
         """Fill the summary with what is left after the edits."""
         summary = self.findings.summary
         problems = self.findings.problems
@@ -537,15 +547,15 @@ class _Annotations:
         summary.images_with_objects = len(images - bad_images)
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _area(annotation, kind, size):
+def _area(annotation: dict, kind: int, size: tuple[int, int]) -> float:
     """Return the area in pixels of an annotation's mask, or else of its box."""
     import pycocotools.mask as mask_util
 
-    masks = annotation.get("segmentation")
+    masks: Any = annotation.get("segmentation")
     if kind == NO_MASK:
         return annotation["bbox"][2] * annotation["bbox"][3]
     if kind == POLYGONS:
@@ -555,7 +565,7 @@ def _area(annotation, kind, size):
     return float(mask_util.area(masks))
 
 
-def _box_problem(box, size):
+def _box_problem(box: Any, size: list[int]) -> str | None:
     height, width = size
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         return f"bbox {box!r:.80}, not four numbers within 1e9"
@@ -565,7 +575,7 @@ def _box_problem(box, size):
     return None
 
 
-def _other_problem(annotation):
+def _other_problem(annotation: dict) -> str | None:
     points = annotation.get("keypoints") or []
     if not isinstance(points, list) or len(points) % 3 or not are_numbers(points):
         return "keypoints that are not three numbers each"
@@ -576,7 +586,7 @@ def _other_problem(annotation):
     return None
 
 
-def _note_classes(content, findings):
+def _note_classes(content: dict, findings: Findings) -> None:
     names = Counter(findings.summary.classes)
     if repeated := [name for name, count in names.items() if count > 1]:
         findings.notes.append(

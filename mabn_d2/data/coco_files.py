@@ -10,6 +10,7 @@ import json
 import marshal
 import os
 from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -103,10 +104,10 @@ def _parsed(file: CheckedFile) -> Iterator[None]:
     """Let `load_coco_json`, which imports pycocotools' COCO when it is called, use parsed content."""
     from pycocotools import coco
 
-    original = coco.COCO
+    original: Any = coco.COCO
 
     class ParsedCOCO(original):
-        def __init__(self, annotation_file=None):
+        def __init__(self, annotation_file: str | None = None) -> None:
             ours = annotation_file is not None and _same(annotation_file, file.path)
             super().__init__(None if ours else annotation_file)
             if ours:
@@ -145,17 +146,17 @@ class _Replaced(PathHandler):
         super().__init__()
         self.file, self.copy = file, copy
 
-    def _get_supported_prefixes(self):
+    def _get_supported_prefixes(self) -> list[str]:
         return [self.file]
 
-    def _get_local_path(self, path, force=False, **kwargs):
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         return self.copy if path == self.file else path
 
-    def _isfile(self, path, **kwargs):
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
         return os.path.isfile(path)
 
-    def _exists(self, path, **kwargs):
+    def _exists(self, path: str, **kwargs: Any) -> bool:
         return os.path.exists(path)
 
-    def _open(self, path, mode="r", buffering=-1, **kwargs):
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         return open(self._get_local_path(path), mode, buffering, **kwargs)

@@ -36,13 +36,21 @@ def scan_masks(annotations: list[dict], heights: np.ndarray, widths: np.ndarray)
         heights: (N,), of the image of each annotation.
         widths: (N,), likewise.
     """
-    kinds, suspects = np.zeros(len(annotations), np.uint8), set()
+    kinds = np.zeros(len(annotations), np.uint8)
+    suspects: set[int] = set()
     for first in range(0, len(annotations), CHUNK):
         _scan_part(annotations[first : first + CHUNK], first, heights, widths, kinds, suspects)
     return MaskScan(kinds, suspects)
 
 
-def _scan_part(annotations, first, heights, widths, kinds, suspects):
+def _scan_part(
+    annotations: list[dict],
+    first: int,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    kinds: np.ndarray,
+    suspects: set[int],
+) -> None:
     numbers, lengths, owners = array("d"), [], []
     encoded, encoded_owners = [], []
     for position, annotation in enumerate(annotations, first):
@@ -77,7 +85,13 @@ def _scan_part(annotations, first, heights, widths, kinds, suspects):
         suspects.update(_far_polygons(numbers, lengths, np.array(owners), heights, widths))
 
 
-def _far_polygons(numbers, lengths, owners, heights, widths):
+def _far_polygons(
+    numbers: "array[float]",
+    lengths: list[int],
+    owners: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+) -> list[int]:
     """Return the owners of the polygons with points far outside of their image, or with NaN."""
     points = np.frombuffer(numbers).reshape(-1, 2)
     starts = np.cumsum([0, *lengths[:-1]]) // 2
@@ -133,7 +147,7 @@ def rle_problem(masks: Any, size: list[int]) -> str | None:
     return WRONG_COUNTS if wrong else None
 
 
-def _rle_form_problem(masks, size):
+def _rle_form_problem(masks: Any, size: list[int]) -> str | None:
     """As `rle_problem`, but compressed counts are not decoded."""
     if not isinstance(masks, dict):
         return f"a segmentation {masks!r:.40}, which is neither polygons nor an RLE"
@@ -191,7 +205,7 @@ def decoded_lengths(encoded: list[str]) -> np.ndarray:
     return np.where(bad, -1, pixels.astype(np.int64))
 
 
-def _first_of_group(owners):
+def _first_of_group(owners: np.ndarray) -> np.ndarray:
     """Return for each entry the position of the first one with the same owner; (N,) sorted."""
     changed = np.flatnonzero(np.diff(owners, prepend=-1))
     return np.repeat(changed, np.diff(changed, append=len(owners)))

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from .errors import BadAnnotationError
 
 
 @contextmanager
-def paused_gc():
+def paused_gc() -> Iterator[None]:
     """Pause the garbage collector, which looks at all objects again and again while they are made.
 
     At COCO's size it takes as long as the parsing itself.

@@ -1,5 +1,7 @@
 """Compares datasets with a config, and with each other."""
 
+from typing import NoReturn
+
 from detectron2.data import MetadataCatalog
 
 from .dataset_summary import DatasetSummary
@@ -20,8 +22,9 @@ def compare(wanted: DataRequirements, summaries: dict[str, DatasetSummary]) -> l
 
 
 class _Comparison:
-    def __init__(self, wanted, summaries):
-        self.wanted, self.notes = wanted, []
+    def __init__(self, wanted: DataRequirements, summaries: dict[str, DatasetSummary]) -> None:
+        self.wanted = wanted
+        self.notes: list[str] = []
         self.train = self._known(wanted.train, summaries)
         self.test = self._known(wanted.test, summaries)
         self.check_objects()
@@ -34,11 +37,11 @@ class _Comparison:
             self.check_keypoints()
 
     @staticmethod
-    def _known(setting, summaries):
+    def _known(setting: Setting, summaries: dict[str, DatasetSummary]) -> dict[str, DatasetSummary]:
         names = unique(setting.value or ())
         return {name: summaries[name] for name in names if name in summaries}
 
-    def check_objects(self):
+    def check_objects(self) -> None:
         """There is something to learn and to evaluate."""
         for name, summary in self.test.items():
             if not summary.annotated:
@@ -65,18 +68,18 @@ class _Comparison:
                     f"{self.wanted.filter_empty}: none of its images is used"
                 )
 
-    def check_sets(self):
+    def check_sets(self) -> None:
         """All sets have the classes of the first training set, in its order."""
         train = {n: s.classes for n, s in self.train.items() if s.classes is not None}
         if not (self.wanted.num_classes and train):
             return
         (first, classes), *others = train.items()
         remedy = "give both the same categories, in the same order of ids"
-        for name, other in others:
-            if other != classes:
+        for name, second in others:
+            if second != classes:
                 raise DataError(
                     f"{self.wanted.train.key} names {first!r} and {name!r}, whose classes differ in "
-                    f"{_difference(classes, other, first, name)}: {remedy}"
+                    f"{_difference(classes, second, first, name)}: {remedy}"
                 )
         for name, summary in self.test.items():
             other = summary.classes
@@ -93,7 +96,7 @@ class _Comparison:
                     f"learned: {listed(more)}"
                 )
 
-    def check_number_of_classes(self):
+    def check_number_of_classes(self) -> None:
         """The model has as many classes as the datasets."""
         setting = self.wanted.num_classes
         if setting is None:
@@ -122,7 +125,7 @@ class _Comparison:
                     f"{setting.key} {count}"
                 )
 
-    def check_stuff_classes(self):
+    def check_stuff_classes(self) -> None:
         """A semantic head has as many classes as the datasets."""
         setting = self.wanted.num_stuff_classes
         if setting is None:
@@ -136,7 +139,7 @@ class _Comparison:
                         f"({listed(stuff)}): set {setting.key} {len(stuff)}"
                     )
 
-    def check_masks(self):
+    def check_masks(self) -> None:
         """Every object has a mask if the model learns masks."""
         masks = self.wanted.masks
         for name, summary in self.train.items():
@@ -152,7 +155,9 @@ class _Comparison:
             if lacking and MetadataCatalog.get(name).get("evaluator_type") != "pascal_voc":
                 self._refuse_masks(masks, self.wanted.test.key, name, summary, lacking)
 
-    def _refuse_masks(self, setting, key, name, summary, lacking):
+    def _refuse_masks(
+        self, setting: Setting, key: str, name: str, summary: DatasetSummary, lacking: int
+    ) -> NoReturn:
         where = f"{summary.source} ({key} {name!r})"
         if not summary.objects_with_mask:
             what = f"{where} has no masks"
@@ -164,7 +169,7 @@ class _Comparison:
             f"{setting}, but {what}: {self.wanted.remedy('no masks')}, or add the masks"
         )
 
-    def check_mask_format(self):
+    def check_mask_format(self) -> None:
         if not self.wanted.reads_masks or self.wanted.mask_format.value != "polygon":
             return
         for name, summary in self.train.items():
@@ -175,14 +180,16 @@ class _Comparison:
                     f"the first: {summary.rle}: {self.wanted.remedy('bitmask')}"
                 )
 
-    def check_keypoints(self):
+    def check_keypoints(self) -> None:
         for sets, summaries in ((self.wanted.train, self.train), (self.wanted.test, self.test)):
             for name, summary in summaries.items():
                 where = f"{summary.source} ({sets.key} {name!r})"
                 self._check_keypoints_of(summary, where)
                 sigmas = self.wanted.num_sigmas
-                numbers = [n for n in summary.keypoint_counts if sigmas and n != sigmas.value]
-                if sets is self.wanted.test and numbers:
+                if sigmas is None or sets is self.wanted.train:
+                    continue
+                numbers = [n for n in summary.keypoint_counts if n != sigmas.value]
+                if numbers:
                     raise DataError(
                         f"{sigmas.key} has {sigmas.value} numbers, but objects of {where} have "
                         f"{numbers[0]} keypoints: set one number for each keypoint"
@@ -196,7 +203,7 @@ class _Comparison:
                         f"{attribute}: set it with MetadataCatalog.get({name!r}).set({attribute}=...)"
                     )
 
-    def _check_keypoints_of(self, summary, where):
+    def _check_keypoints_of(self, summary: DatasetSummary, where: str) -> None:
         lacking = summary.objects - summary.objects_with_keypoints
         if lacking:
             raise DataError(
@@ -212,13 +219,13 @@ class _Comparison:
                 )
 
 
-def _no_objects(summary):
+def _no_objects(summary: DatasetSummary) -> str:
     if summary.crowds:
         return f"no objects (all {summary.crowds} annotations are iscrowd)"
     return "no objects"
 
 
-def _difference(first, second, first_name, second_name):
+def _difference(first: list[str], second: list[str], first_name: str, second_name: str) -> str:
     """Return text that shows how two lists of classes differ."""
     if sorted(first) == sorted(second):
         i = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)

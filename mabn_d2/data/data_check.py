@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 
@@ -67,12 +68,12 @@ def check_requirements(wanted: DataRequirements) -> dict[str, int]:
             outcome = _Outcome(error)
     outcomes = comm.all_gather(outcome)
     own = outcomes[comm.get_rank() - local_rank]
-    error = own.error or next((o.error for o in outcomes if o and o.error), None)
-    if error is not None:
-        error.said_elsewhere = local_rank > 0 or own.error is None
-        if error.said_elsewhere:
+    refusal = own.error or next((o.error for o in outcomes if o and o.error), None)
+    if refusal is not None:
+        refusal.said_elsewhere = local_rank > 0 or own.error is None
+        if refusal.said_elsewhere:
             time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all processes when the first one ends
-        raise error
+        raise refusal
     if local_rank > 0:
         for name, file in own.files.items():
             CheckedDataset(registered_function(name), file).replace(name)
@@ -81,7 +82,7 @@ def check_requirements(wanted: DataRequirements) -> dict[str, int]:
     return own.images
 
 
-def _check_here(wanted, share):
+def _check_here(wanted: DataRequirements, share: bool) -> _Outcome:
     """Check in this process, and return what the others need."""
     check_names(wanted)
     state, images = _checked.get(wanted, (None, {}))
@@ -101,7 +102,7 @@ def _check_here(wanted, share):
         file = dataset.file
         if file is not None and file.edits:
             # In a file, because evaluators read it themselves.
-            outcome.copies[file.path] = write_corrected(file.path, file.content, _new_folder())
+            outcome.copies[file.path] = write_corrected(file.path, file.take(), _new_folder())
             read_copy_instead(file.path, outcome.copies[file.path])
         elif wanted.train.value is None:  # it is evaluated at once
             dataset.replace(name)
@@ -141,7 +142,9 @@ def check_names(wanted: DataRequirements) -> None:
                 raise DataError(f"{setting}, but {file!r} does not exist: correct the path")
 
 
-def _state(wanted):
+def _state(
+    wanted: DataRequirements,
+) -> list[tuple[str, Callable[[], list[dict]], tuple[int, int] | None]]:
     """Return what changes if a dataset is registered again or its file is changed."""
     state = []
     for name in unique([*(wanted.train.value or ()), *wanted.test.value]):
@@ -155,6 +158,6 @@ def _state(wanted):
     return state
 
 
-def _new_folder():
+def _new_folder() -> str:
     _folders.append(TemporaryDirectory(prefix="mabn_d2-"))
     return _folders[-1].name

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from .coco_check import Edit, apply_edits, inspect, problems_by_kind, refuse
@@ -32,7 +32,8 @@ class DatasetReader:
         self.test: dict[str, CheckedDataset] = {}
         self.summaries: dict[str, DatasetSummary] = {}
         self.notes: list[str] = []
-        self._parsed = {}  # content of files that are used for training and for evaluation
+        # Content of files that are used for training and for evaluation.
+        self._parsed: dict[str, dict] = {}
 
     def read(self) -> None:
         """Read all datasets.
@@ -45,7 +46,7 @@ class DatasetReader:
         for name in unique(self.wanted.train.value or ()):
             self.train[name] = self._read(name, self.wanted.train.key, evaluation=False)
 
-    def _read(self, name, key, evaluation):
+    def _read(self, name: str, key: str, evaluation: bool) -> CheckedDataset:
         metadata = MetadataCatalog.get(name)
         function = registered_function(name)
         json_file, root = metadata.get("json_file"), metadata.get("image_root")
@@ -59,7 +60,15 @@ class DatasetReader:
             self._look_at_records(name, key, records, metadata, evaluation)
         return CheckedDataset(function, records=records)
 
-    def _read_coco(self, name, key, function, json_file, root, evaluation):
+    def _read_coco(
+        self,
+        name: str,
+        key: str,
+        function: Callable[[], list[dict]],
+        json_file: str,
+        root: str,
+        evaluation: bool,
+    ) -> CheckedDataset:
         wanted = self.wanted
         # For messages: `json_file` may be a copy that the user does not know.
         source = MetadataCatalog.get(name).get("source_file", json_file)
@@ -87,7 +96,9 @@ class DatasetReader:
         self.summaries[name] = found.summary
         return CheckedDataset(function, CheckedFile(json_file, edits, content))
 
-    def _look_at_records(self, name, key, records, metadata, evaluation):
+    def _look_at_records(
+        self, name: str, key: str, records: list[dict], metadata: Metadata, evaluation: bool
+    ) -> None:
         if not records:
             raise DataError(f"{key} names {name!r}, which has no images: add some")
         classes = metadata.get("thing_classes")
@@ -137,7 +148,7 @@ def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]
         ) from error
 
 
-def _check_files(name, key, root, evaluation):
+def _check_files(name: str, key: str, root: str, evaluation: bool) -> None:
     """The image folder is there, and what panoptic datasets have beside the instances file."""
     metadata = MetadataCatalog.get(name)
     needed = [root, metadata.get("sem_seg_root")]
@@ -150,14 +161,14 @@ def _check_files(name, key, root, evaluation):
             )
 
 
-def _check_names(name, key, summary):
+def _check_names(name: str, key: str, summary: DatasetSummary) -> None:
     """Detectron2 sets thing_classes from the file, and fails if they are set otherwise."""
     given = MetadataCatalog.get(name).get("thing_classes")
     if given is not None and list(given) != summary.classes:
         raise DataError(
             f"{key} names {name!r}, whose thing_classes are ({listed(given)}), but {summary.source} "
-            f"has the categories ({listed(summary.classes)}): register it without thing_classes, or "
-            "with those of the file"
+            f"has the categories ({listed(summary.classes or ())}): register it without "
+            "thing_classes, or with those of the file"
         )
 
 
@@ -165,7 +176,7 @@ def _json_files(names: Iterable[str]) -> set[str]:
     return {MetadataCatalog.get(name).get("json_file") for name in names}
 
 
-def _remedy(name):
+def _remedy(name: str) -> str:
     if name.startswith(BUILTIN):
         root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
         return f"download it to {root!r}, or set DETECTRON2_DATASETS to the folder that has it"

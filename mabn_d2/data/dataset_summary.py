@@ -38,7 +38,9 @@ class DatasetSummary:
     class_ids: Counter = field(default_factory=Counter)
 
 
-def summarize_records(records: list[dict], source: str, classes: list[str] | None):
+def summarize_records(
+    records: list[dict], source: str, classes: list[str] | None
+) -> DatasetSummary:
     """Return the DatasetSummary of records in Detectron2's format."""
     summary = DatasetSummary(source, classes, images=len(records))
     summary.annotated = any("annotations" in record for record in records)

@@ -41,7 +41,7 @@ class SceneParams:
     cast_sigma: float = 0.0  # the same of each channel's gain: a colour cast
     jpeg_quality: int = 95
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.digit_size[1] <= self.image_size <= VAL_COLUMNS:
             raise ValueError(
                 f"image_size is {self.image_size}, which must be at least the largest digit_size "
@@ -79,13 +79,13 @@ class Scene(NamedTuple):
     chosen: np.ndarray  # (K,) positions in the arrays of SceneSources
 
 
-def split_digits(seed=0):
+def split_digits(seed: int = 0) -> dict[str, np.ndarray]:
     """Return {"train": (1437,), "val": (360,)}: disjoint positions in `load_digits`."""
     order = np.random.default_rng(seed).permutation(NUM_DIGITS)
     return {"train": np.sort(order[VAL_DIGITS:]), "val": np.sort(order[:VAL_DIGITS])}
 
 
-def load_sources(split, seed=0):
+def load_sources(split: str, seed: int = 0) -> SceneSources:
     """Return the SceneSources of "train" or "val"; needs scikit-learn and pillow."""
     # Not at the top: importing scikit-learn takes seconds, and only making the dataset needs it.
     from sklearn.datasets import load_digits, load_sample_images
@@ -100,7 +100,9 @@ def load_sources(split, seed=0):
     )
 
 
-def render_scene(rng, sources, params=SceneParams()):
+def render_scene(
+    rng: np.random.Generator, sources: SceneSources, params: SceneParams = SceneParams()
+) -> Scene:
     """Render one Scene, a function of the state of `rng` (np.random.Generator) and the arguments.
 
     Note that light, cast and noise are drawn at strength 0 too: scenes that differ only in these
@@ -116,12 +118,14 @@ def render_scene(rng, sources, params=SceneParams()):
     top, left = (rng.integers(length - size + 1) for length in photo.shape[:2])
     image = photo[top : top + size, left : left + size].astype(np.float32)
 
-    masks, areas, chosen = [], [], []
+    masks: list[np.ndarray] = []
+    areas: list[int] = []
+    chosen: list[int] = []
     count = rng.integers(*params.num_digits, endpoint=True)
     for _ in range(MAX_TRIES):
         if len(masks) == count:
             break
-        index = rng.integers(len(sources.digits))
+        index = int(rng.integers(len(sources.digits)))
         side = rng.uniform(*params.digit_size)
         center = rng.uniform(side / 2, size - side / 2, 2) - 0.5
         angle = rng.uniform(-params.max_rotation, params.max_rotation)
@@ -129,7 +133,7 @@ def render_scene(rng, sources, params=SceneParams()):
         opacity = rng.uniform(*params.opacity)
 
         # One interpolation from 8x8 to the whole canvas; the ramp makes strokes firm, edges soft.
-        matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, side / 8)
+        matrix = np.asarray(cv2.getRotationMatrix2D((3.5, 3.5), angle, side / 8), np.float64)
         matrix[:, 2] += center - 3.5
         ink = cv2.warpAffine(sources.digits[index], matrix, (size, size), flags=cv2.INTER_CUBIC)
         alpha = np.clip(2 * ink - 0.4, 0, 1)
@@ -141,7 +145,7 @@ def render_scene(rng, sources, params=SceneParams()):
             continue
         image += (opacity * alpha)[..., None] * (colour - image)
         masks = [*left_over, mask]
-        areas.append(mask.sum())
+        areas.append(int(mask.sum()))
         chosen.append(index)
     if len(masks) < params.num_digits[0]:
         raise ValueError(f"no place for {params.num_digits[0]} digits in a scene: {params}")
@@ -149,11 +153,13 @@ def render_scene(rng, sources, params=SceneParams()):
     light = params.light_sigma * rng.standard_normal() + params.cast_sigma * rng.standard_normal(3)
     noise = params.noise_sigma * rng.standard_normal(image.shape, np.float32)
     image = np.clip(np.rint(image * np.exp(light) + noise), 0, 255).astype(np.uint8)
-    masks = np.stack(masks)
-    return Scene(image, masks, masks.sum((1, 2)) / areas, np.array(chosen))
+    visible = np.stack(masks)
+    return Scene(image, visible, visible.sum((1, 2)) / areas, np.array(chosen))
 
 
-def make_digit_scenes(folder, params=SceneParams(), progress=True):
+def make_digit_scenes(
+    folder: str | Path, params: SceneParams = SceneParams(), progress: bool = True
+) -> Path:
     """Make the dataset in `folder` unless it is there, whole or not at all, and return the path.
 
     Writes `{train,val}/*.jpg`, `annotations/instances_{train,val}.json` (COCO, masks as RLE; two
@@ -200,14 +206,15 @@ def make_digit_scenes(folder, params=SceneParams(), progress=True):
     return folder
 
 
-def _write_split(folder, split, params, progress):
+def _write_split(folder: Path, split: str, params: SceneParams, progress: bool) -> None:
     import cv2
     import pycocotools.mask as mask_util
     from tqdm import tqdm
 
     sources = load_sources(split, params.seed)
     (folder / split).mkdir()
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     image_ids = range(1, 1 + {"train": params.num_train, "val": params.num_val}[split])
     for image_id in tqdm(image_ids, f"digit scenes, {split}", disable=not progress):
         rng = np.random.default_rng([params.seed, SPLITS.index(split), image_id])
@@ -245,7 +252,9 @@ def _write_split(folder, split, params, progress):
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def register_digit_scenes(root=None, name="digit_scenes", params=SceneParams()):
+def register_digit_scenes(
+    root: str | None = None, name: str = "digit_scenes", params: SceneParams = SceneParams()
+) -> None:
     """Register `{name}_train` and `{name}_val` in Detectron2's catalogs; again replaces them.
 
     Nothing is written before `DatasetCatalog.get` (a data loader) asks for the records; then the
@@ -264,7 +273,9 @@ def register_digit_scenes(root=None, name="digit_scenes", params=SceneParams()):
         json_file = os.path.join(folder, "annotations", f"instances_{split}.json")
         image_root = os.path.join(folder, split)
 
-        def load(dataset=dataset, json_file=json_file, image_root=image_root):
+        def load(
+            dataset: str = dataset, json_file: str = json_file, image_root: str = image_root
+        ) -> list[dict]:
             make_digit_scenes(folder, params, progress=comm.is_main_process())
             return load_coco_json(json_file, image_root, dataset)
 

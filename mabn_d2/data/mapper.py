@@ -1,6 +1,8 @@
 """From a record to what a model takes: seeded, with the name of the image in every error."""
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from detectron2.data.detection_utils import SizeMismatchError
@@ -15,7 +17,7 @@ MAX_BAD = 1000  # images in a row: then it is not the images
 class BadImageError(RuntimeError):
     """An image that can't be read or does not fit its annotations: one line with its path."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         # One of a loader worker comes with the worker's traceback in front.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
@@ -28,10 +30,12 @@ class NamingMapper:
     Detectron2 would cut it off at 255, and see white.
     """
 
-    def __init__(self, mapper, remedy="repair or remove the image"):
+    def __init__(
+        self, mapper: Callable[[dict], Any], remedy: str = "repair or remove the image"
+    ) -> None:
         self.mapper, self.remedy = mapper, remedy
 
-    def __call__(self, record):
+    def __call__(self, record: dict) -> Any:
         path = record.get("file_name")
         try:
             if path is not None:
@@ -48,7 +52,7 @@ class NamingMapper:
             ) from error
 
     @staticmethod
-    def _check_depth(path):
+    def _check_depth(path: str) -> None:
         with (
             PathManager.open(path, "rb") as file,
             Image.open(file) as image,
@@ -57,7 +61,7 @@ class NamingMapper:
                 raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
@@ -70,12 +74,14 @@ class SeededDataset(torch.utils.data.Dataset):
             latter in the key `bad_images` of the result; if False, it is an error.
     """
 
-    def __init__(self, records, mapper, skip_bad=False):
+    def __init__(
+        self, records: Sequence[dict], mapper: Callable[[dict], Any], skip_bad: bool = False
+    ) -> None:
         self.records, self.mapper, self.skip_bad = records, mapper, skip_bad
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key
-        bad = []
+        bad: list[str | None] = []
         while len(bad) < min(len(self.records), MAX_BAD):
             record = self.records[(index + len(bad)) % len(self.records)]
             try:
@@ -93,5 +99,5 @@ class SeededDataset(torch.utils.data.Dataset):
                 return mapped
         raise BadImageError(f"none of {len(bad)} images can be used; the last: {last}") from last
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from detectron2.config import CfgNode
+from omegaconf import DictConfig
+
 # Meta-architectures of Detectron2 and the keys of their numbers of classes.
 CLASS_KEYS = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -61,7 +64,7 @@ class DataRequirements:
         return dict(self.remedies)[name]
 
     @classmethod
-    def from_cfg(cls, cfg, train: bool = True) -> "DataRequirements":
+    def from_cfg(cls, cfg: CfgNode, train: bool = True) -> "DataRequirements":
         """Read a config of Detectron2's YAML form.
 
         Args:
@@ -81,7 +84,7 @@ class DataRequirements:
         return cls(
             train=train_sets,
             test=test_sets,
-            num_classes=class_key and Setting(class_key, _get(cfg, class_key)),
+            num_classes=Setting(class_key, _get(cfg, class_key)) if class_key else None,
             num_stuff_classes=(
                 Setting("MODEL.SEM_SEG_HEAD.NUM_CLASSES", model.SEM_SEG_HEAD.NUM_CLASSES)
                 if architecture in SEMANTIC
@@ -107,7 +110,7 @@ class DataRequirements:
         )
 
     @classmethod
-    def from_lazy(cls, cfg, train: bool = True) -> "DataRequirements":
+    def from_lazy(cls, cfg: DictConfig, train: bool = True) -> "DataRequirements":
         """Read a LazyConfig whose datasets come from `get_detection_dataset_dicts`.
 
         Names of other datasets are not known: they are left to the config's own functions.
@@ -151,13 +154,13 @@ class DataRequirements:
         )
 
 
-def _get(node, key):
+def _get(node: CfgNode, key: str) -> Any:
     for name in key.split("."):
         node = node[name]
     return node
 
 
-def _find(node, key):
+def _find(node: Any, key: str) -> Any:
     """Return the value of a key of a LazyConfig, or None."""
     for name in key.split("."):
         if not hasattr(node, "get") or not isinstance(name, str):
@@ -166,7 +169,7 @@ def _find(node, key):
     return node
 
 
-def _found(node, key):
+def _found(node: Any, key: str) -> Setting | None:
     value = _find(node, key)
     return None if value is None else Setting(key, value)
 

@@ -67,7 +67,7 @@ def build_sampler(cfg: CfgNode, sets: list[tuple[str, list[dict]]], seed: int) -
     return RepeatFactorTrainingSampler(factors / factors.min(), seed=seed)
 
 
-def _random_subset(cfg, size, seed):
+def _random_subset(cfg: CfgNode, size: int, seed: int) -> RandomSubsetTrainingSampler:
     ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
     if int(size * ratio) < 1:
         raise DataError(
@@ -77,7 +77,7 @@ def _random_subset(cfg, size, seed):
     return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
 
 
-def _category_factors(cfg, records):
+def _category_factors(cfg: CfgNode, records: list[dict]) -> torch.Tensor:
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD
     # A key that Detectron2 has since 2024.
     more = {"sqrt": cfg.DATALOADER.REPEAT_SQRT} if "REPEAT_SQRT" in cfg.DATALOADER else {}
@@ -86,7 +86,7 @@ def _category_factors(cfg, records):
     )
 
 
-def _set_factors(cfg, sets):
+def _set_factors(cfg: CfgNode, sets: list[tuple[str, list[dict]]]) -> torch.Tensor:
     """Return how often each image is drawn in an epoch, by its set; (images,)."""
     factors = {name: float(factor) for name, factor in cfg.DATASETS.TRAIN_REPEAT_FACTOR}
     sizes = torch.tensor([len(records) for _, records in sets])

@@ -1,6 +1,7 @@
 """Seeds that depend on nothing but the numbers they are made of."""
 
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 
 @contextmanager
-def seeded(seed):
+def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of random, numpy and torch (CPU), and restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -23,6 +24,6 @@ def seeded(seed):
         torch.set_rng_state(states[2])
 
 
-def mix(*numbers):
+def mix(*numbers: int) -> int:
     """Return a 32-bit seed made of non-negative integers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

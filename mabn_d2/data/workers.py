@@ -3,12 +3,14 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 
-def end_with_parent(worker):
+def end_with_parent(worker: int) -> None:
     """Loader workers end when their parent says so or is gone, by no signal of others.
 
     SIGTERM and SIGINT go to the whole process group, where the trainer finishes its iteration
@@ -18,7 +20,7 @@ def end_with_parent(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def wait():
+    def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
@@ -26,13 +28,13 @@ def end_with_parent(worker):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _start_worker(own, worker):
+def _start_worker(own: Callable[[int], None] | None, worker: int) -> None:
     if own is not None:
         own(worker)
     end_with_parent(worker)
 
 
-def guard_workers(loader):
+def guard_workers(loader: Any) -> Any:
     """Return a loader, its workers ending as `end_with_parent` says, after what they do at their start.
 
     Args:

@@ -91,7 +91,7 @@ def unify_categories(
     return categories, changed, notes
 
 
-def _check(file, coco):
+def _check(file: Path, coco: dict[str, Any]) -> None:
     ids = set()
     for category in coco["categories"]:
         id, name = category.get("id"), category.get("name")
@@ -118,20 +118,20 @@ def _check(file, coco):
         )
 
 
-def _is_no_class(category, categories):
+def _is_no_class(category: dict[str, Any], categories: list[dict[str, Any]]) -> bool:
     return category["name"].lower() in BACKGROUND_NAMES or any(
         other.get("supercategory") == category["name"] and other["id"] != category["id"]
         for other in categories
     )
 
 
-def _with_integer_ids(categories):
+def _with_integer_ids(categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if all(isinstance(c["id"], int) for c in categories):
         return categories
     return [{**c, "id": i + 1} for i, c in enumerate(categories)]
 
 
-def _refuse_equal_names(file, categories):
+def _refuse_equal_names(file: Path, categories: list[dict[str, Any]]) -> None:
     twice = [name for name, n in Counter(c["name"] for c in categories).items() if n > 1]
     if twice:
         raise BadAnnotationError(
@@ -140,7 +140,13 @@ def _refuse_equal_names(file, categories):
         )
 
 
-def _order(files, lists, used_names, names, class_names):
+def _order(
+    files: dict[str, Path],
+    lists: dict[str, list[dict[str, Any]]],
+    used_names: dict[str, set[str]],
+    names: list[str],
+    class_names: list[str] | None,
+) -> tuple[list[str], list[str]]:
     """Return (names of the classes in order, notes)."""
     notes = []
     known = names if class_names is None else class_names
@@ -166,7 +172,7 @@ def _order(files, lists, used_names, names, class_names):
     return order, notes
 
 
-def _numbered(names, first):
+def _numbered(names: list[str], first: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return categories of these names, with the ids of `first` where it has integers."""
     ids = {c["name"]: c["id"] for c in first if isinstance(c["id"], int)}
     if len(ids) < len(first) or not ids:

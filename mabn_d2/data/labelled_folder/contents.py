@@ -59,8 +59,9 @@ def read_folder(
     parts = {
         key: _with_images(layout, key, content, key in changed) for key, content in coco.items()
     }
-    held_out = val_share is not None and "val" not in parts
-    if held_out:
+    held_out = False
+    if val_share is not None and "val" not in parts:
+        held_out = True
         whole = parts.pop("train" if "train" in parts else WHOLE)
         train, val = _split(whole, val_share)
         parts = {"train": train, "val": val, **parts}
@@ -98,7 +99,7 @@ def image_hash(name: str) -> float:
     )
 
 
-def _with_images(layout, key, coco, changed):
+def _with_images(layout: Layout, key: str, coco: dict[str, Any], changed: bool) -> Contents:
     """Return the Contents of a part, whose file names become such that lead to the images."""
     part = layout.parts[key]
     images = [image for image in coco["images"] if isinstance(image.get("file_name"), str)]
@@ -106,7 +107,8 @@ def _with_images(layout, key, coco, changed):
         if images and all(os.path.isfile(os.path.join(root, i["file_name"])) for i in images):
             return Contents(part.json_file, root, coco, changed)
 
-    finder, entry_of, missing = ImageFinder(part.image_roots), {}, []
+    finder, missing = ImageFinder(part.image_roots), []
+    entry_of: dict[str, str] = {}  # name of an image by its path
     for image in images:
         name = image["file_name"]
         path = finder.find(name)
@@ -130,7 +132,7 @@ def _with_images(layout, key, coco, changed):
     return Contents(part.json_file, layout.folder, coco, True)
 
 
-def _split(contents, share):
+def _split(contents: Contents, share: float) -> list[Contents]:
     """Return (train, val): images whose hash is below `share` validate, at least one of either.
 
     Both parts have at least one image with objects.
@@ -167,5 +169,5 @@ def _split(contents, share):
     return parts
 
 
-def _hashable(value):
+def _hashable(value: Any) -> int | str:
     return value if isinstance(value, (int, str)) else repr(value)

@@ -53,14 +53,14 @@ class ImageFinder:
                 return path
         return None
 
-    def _existing(self, name):
+    def _existing(self, name: str) -> str | None:
         for root in self.roots:
             path = os.path.join(root, name)
             if os.path.isfile(path):
                 return path
         return None
 
-    def _in_nested_folder(self, name):
+    def _in_nested_folder(self, name: str) -> str | None:
         if self._by_name is None:
             self._by_name = {}
             files = (
@@ -82,7 +82,7 @@ class ImageFinder:
         return same[lengths.index(best)] if lengths.count(best) == 1 else None
 
 
-def _spellings(file_name):
+def _spellings(file_name: str) -> list[str]:
     """Return the spellings of a name to try, as it stands first."""
     names = [file_name, file_name.replace("\\", "/")]
     url = urlsplit(names[1]) if "://" in names[1] or "?" in names[1] else None
@@ -95,11 +95,11 @@ def _spellings(file_name):
     return [name for name in dict.fromkeys(names) if name.strip("/") and "\0" not in name]
 
 
-def _key(name):
+def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _common(one, other):
+def _common(one: list[str], other: list[str]) -> int:
     return next(
         (i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other))
     )

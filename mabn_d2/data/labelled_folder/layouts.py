@@ -11,8 +11,9 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ..errors import BadAnnotationError
 
@@ -100,7 +101,7 @@ def part_of(name: str) -> str | None:
     return next((part for part, names in PART_NAMES.items() if words & names), None)
 
 
-def _in_part_folders(folder):
+def _in_part_folders(folder: Path) -> list[Path]:
     """Return the files of Roboflow's layout: one JSON file beside the images of each part."""
     files = []
     for part in sorted(folder.iterdir()):
@@ -110,13 +111,13 @@ def _in_part_folders(folder):
     return files
 
 
-def _coco_files(folder):
+def _coco_files(folder: Path) -> list[Path]:
     """Return the JSON files of a folder; if there are several, those of COCO's form."""
     files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
     return files if len(files) < 2 else [file for file in files if _is_coco(file)]
 
 
-def _is_coco(file):
+def _is_coco(file: Path) -> bool:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -124,9 +125,9 @@ def _is_coco(file):
     return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
 
 
-def _by_part(folder, files):
+def _by_part(folder: Path, files: Iterable[Path]) -> dict[str, Path]:
     """Return {part: file}. A file that names no part is the whole, or what the others leave to train."""
-    parts = {}
+    parts: dict[str | None, list[Path]] = {}
     for file in files:
         name = file.parent.name if file.name == ROBOFLOW else file.stem
         part = part_of(name) or (part_of(file.parent.name) if file.parent != folder else None)
@@ -141,7 +142,7 @@ def _by_part(folder, files):
     return {part: parts[part][0] for part in (*PART_NAMES, WHOLE) if part in parts}
 
 
-def _refuse_several(folder, files):
+def _refuse_several(folder: Path, files: list[Path]) -> NoReturn:
     names = ", ".join(str(file.relative_to(folder)) for file in sorted(files)[:6])
     raise BadAnnotationError(
         f"{folder} holds several annotation files for the same images or part ({names}): name the one "
@@ -149,7 +150,7 @@ def _refuse_several(folder, files):
     )
 
 
-def _looked_for(folder):
+def _looked_for(folder: Path) -> str:
     text = (
         f"looked for train/{ROBOFLOW} (Roboflow), annotations/instances_*.json (COCO, CVAT), "
         "result.json (Label Studio) and *.json; export the labels as COCO JSON"
@@ -164,7 +165,7 @@ def _looked_for(folder):
     return text
 
 
-def _image_roots(json_file, folder, part):
+def _image_roots(json_file: Path, folder: Path, part: str | None) -> tuple[Path, ...]:
     """Return the folders to look for images in, the likeliest first."""
     beside, subset = json_file.parent, json_file.stem.removeprefix("instances_")
     in_annotations = beside.name == "annotations"

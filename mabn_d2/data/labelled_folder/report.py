@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from .layouts import WHOLE
 from .register import PreparedFolder
-from .summary import SIZES, count_masks, mask_counts
+from .summary import SIZES, PartSummary, count_masks, mask_counts
 
 MAX_CLASSES = 30  # rows of the table
 
@@ -48,13 +48,13 @@ def report(folder: PreparedFolder, settings: dict[str, Any], val_share: float) -
     return "\n".join(blocks)
 
 
-def _mask_text(parts):
+def _mask_text(parts: dict[str, PartSummary]) -> str:
     masks = count_masks(parts)
     texts = {"polygon": "{} polygon masks", "rle": "{} RLE masks", None: "{} boxes without a mask"}
     return ", ".join(texts[key].format(masks[key]) for key in texts if masks[key]) or "no objects"
 
 
-def _notes(folder, val_share):
+def _notes(folder: PreparedFolder, val_share: float) -> list[str]:
     parts = folder.summaries
     notes = [f"left out or doubtful: {_printable(note)}" for note in folder.notes]
     if folder.held_out:
@@ -87,5 +87,5 @@ def _notes(folder, val_share):
     return notes
 
 
-def _printable(text):
+def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

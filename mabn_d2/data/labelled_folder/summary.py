@@ -11,15 +11,18 @@ class PartSummary(NamedTuple):
 
     images: int
     empty: int  # images without objects
-    objects: Counter  # by category id
+    objects: Counter[int | str]  # by category id
     crowd: int  # objects marked as a crowd, which training leaves out
-    sizes: Counter  # of boxes: keys of SIZES
-    masks: Counter  # of objects that are no crowd: "polygon", "rle", None
+    sizes: Counter[str]  # of boxes: keys of SIZES
+    masks: Counter[str | None]  # of objects that are no crowd: "polygon", "rle", None
 
 
 def summarize(coco: dict[str, Any]) -> PartSummary:
     """Count what the COCO content of one part holds; entries that are wrong are passed over."""
-    objects, sizes, masks, crowd, with_objects = Counter(), Counter(), Counter(), 0, set()
+    objects: Counter[int | str] = Counter()
+    sizes: Counter[str] = Counter()
+    masks: Counter[str | None] = Counter()
+    crowd, with_objects = 0, set()
     for annotation in coco["annotations"]:
         objects[annotation["category_id"]] += 1
         with_objects.add(str(annotation.get("image_id")))
@@ -50,6 +53,6 @@ def mask_counts(parts: dict[str, PartSummary]) -> tuple[int, int]:
     return masks.total(), masks[None]
 
 
-def count_masks(parts: dict[str, PartSummary]) -> Counter:
+def count_masks(parts: dict[str, PartSummary]) -> Counter[str | None]:
     """Return the number of objects that are no crowd by their masks: "polygon", "rle", None."""
     return sum((part.masks for part in parts.values()), Counter())
