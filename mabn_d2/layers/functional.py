@@ -127,7 +127,19 @@ class _MABN(torch.autograd.Function):
     """y = relu?(weight * r * z + bias), z = x / sqrt(var + eps); keeps x and vectors only."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, relu):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        var: torch.Tensor,
+        r: torch.Tensor,
+        eps: float,
+        psi_window: torch.Tensor,
+        slot: torch.Tensor,
+        use_batch_stats: torch.Tensor,
+        relu: bool,
+    ) -> torch.Tensor:
         ctx.dtypes = weight.dtype, bias.dtype
         var, r_std, scale = scales(var, r, weight.to(r.dtype), eps)
         shift = bias.to(r.dtype)
@@ -140,7 +152,7 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 10
         x, scale, shift, var, r_std, slot, use_batch_stats = ctx.saved_tensors

@@ -148,8 +148,19 @@ class _MABNGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, var, r, eps, psi_window, slot, use_batch_stats, batch_size, relu
-    ):
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        var: torch.Tensor,
+        r: torch.Tensor,
+        eps: float,
+        psi_window: torch.Tensor,
+        slot: torch.Tensor,
+        use_batch_stats: torch.Tensor,
+        batch_size: int,
+        relu: bool,
+    ) -> torch.Tensor:
         ctx.dtypes = weight.dtype, bias.dtype
         var, r_std, scale = scales(var, r, weight.to(r.dtype), eps)
         shift = bias.to(r.dtype)
@@ -163,7 +174,7 @@ class _MABNGroups(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 11
         x, scale, shift, var, r_std, _, use_batch_stats = ctx.saved_tensors

@@ -1,5 +1,7 @@
 """BatchNorm and Batch Renormalization of groups of images, see `functional_split.py`."""
 
+from typing import Any
+
 import torch
 
 from .functional_split import group_mean, group_sizes, group_sum, to_images
@@ -32,7 +34,18 @@ class _NormalizeGroups(torch.autograd.Function):
     """y = weight * (r * z + d) + bias, z = (x - mean) / sqrt(var + eps); keeps x and vectors."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, r, d, eps, batch_size):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        r: torch.Tensor,
+        d: torch.Tensor,
+        eps: float,
+        batch_size: int,
+    ) -> torch.Tensor:
         dtype = var.dtype
         inv_std = (var + eps).rsqrt()
         scale = weight.to(dtype) * r * inv_std
@@ -45,7 +58,7 @@ class _NormalizeGroups(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 9
         x, weight, bias, mean, inv_std, r, d, scale = ctx.saved_tensors

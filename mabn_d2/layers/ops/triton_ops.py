@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -177,7 +178,16 @@ class _MABN(torch.autograd.Function):
     """y from x and the vectors of `forward_sums`; both are all that the backward needs."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, psi_window, vectors, plan, stream):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        psi_window: torch.Tensor,
+        vectors: torch.Tensor,
+        plan: LayerPlan,
+        stream: int,
+    ) -> torch.Tensor:
         y = torch.empty_like(x)
         plan.affine(stream, x, vectors, vectors, y)
         ctx.save_for_backward(x, vectors)
@@ -188,7 +198,7 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
         x, vectors = ctx.saved_tensors
@@ -197,7 +207,14 @@ class _MABN(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None
 
 
-def _backward(plan, dy, x, vectors, psi_window, needs_dx):
+def _backward(
+    plan: LayerPlan,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    vectors: torch.Tensor,
+    psi_window: torch.Tensor,
+    needs_dx: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Return dx, None unless needs_dx, dweight and dbias; psi enters the window if it is finite."""
     device = x.get_device()
     if device >= 0 and device != torch.cuda.current_device():
