@@ -6,8 +6,12 @@ from detectron2.config import CfgNode as CN
 AUTO = -1
 
 
-def add_mabn_config(cfg):
-    """Add the keys of this package, with their default values, to a Detectron2 config."""
+def add_mabn_config(cfg: CN) -> None:
+    """Add the keys of this package, with their default values, to a Detectron2 config.
+
+    Args:
+        cfg: changed in place, such as what `detectron2.config.get_cfg()` returns.
+    """
     # Moving Average Batch Normalization; symbols are its paper's.
     cfg.MODEL.MABN = CN()
     # B, images in one normalization batch. 0: the images of one forward, that is

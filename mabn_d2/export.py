@@ -91,7 +91,7 @@ class ExportableDetector(nn.Module):
             predictions = self.model.head(features)
             (instances,) = self.model.forward_inference(images, features, predictions)
         boxes = instances.pred_boxes.tensor
-        outputs = (boxes, instances.pred_classes, instances.scores)
+        outputs: tuple[torch.Tensor, ...] = (boxes, instances.pred_classes, instances.scores)
         if "masks" in self.output_names:
             height, width = image.shape[-2:]
             masks, _ = _do_paste_mask(instances.pred_masks, boxes, height, width, skip_empty=False)
@@ -267,8 +267,8 @@ def _program(
         obstacle = _obstacle(error)
     else:
         torch.export.save(program, str(file), extra_files=extra)
-        program = torch.export.load(str(file)).module()
-        _compare(detector, program, [e for e in examples if e.shape == examples[0].shape])
+        loaded = torch.export.load(str(file)).module()
+        _compare(detector, loaded, [e for e in examples if e.shape == examples[0].shape])
         return "the whole detector as a program of torch.export, for images of one size"
     part = DenseOutputs(detector).eval()
     with _quiet():

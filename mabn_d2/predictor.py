@@ -1,5 +1,6 @@
 """From a checkpoint to predictions on images."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def load_predictor(
     return Predictor(model.eval(), cfg, _classes(checkpoint, cfg), threshold)
 
 
-def _classes(checkpoint, cfg):
+def _classes(checkpoint: Mapping[str, Any], cfg: CfgNode) -> list[dict[str, Any]]:
     """Return the checkpoint's classes; numbered ones if it names none."""
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     number = (cfg.MODEL.RETINANET if retina else cfg.MODEL.ROI_HEADS).NUM_CLASSES

@@ -37,7 +37,7 @@ class _DataLoader(_Loader):
     """Reads what tags of Python mark as the plain value below the tag; nothing is created or run."""
 
 
-def _plain(loader, suffix, node):
+def _plain(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
     if isinstance(node, yaml.SequenceNode):
@@ -70,7 +70,7 @@ def check_yaml(filename: str) -> None:
     _check(str(filename), ())
 
 
-def _check(filename, above):
+def _check(filename: str, above: tuple[str, ...]) -> None:
     if _is_trusted(filename):
         return
     if filename in above:
@@ -106,6 +106,6 @@ def load_yaml(filename: str) -> dict[str, Any]:
     return content
 
 
-def _is_trusted(filename):
+def _is_trusted(filename: str) -> bool:
     path = Path(filename).resolve()
     return any(path.is_relative_to(root) for root in _TRUSTED)

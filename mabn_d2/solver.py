@@ -106,7 +106,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         # Before every step, GradScaler's too, which has unscaled the gradients by then.
         params = [param for group in optimizer.param_groups for param in group["params"]]
 
-        def clip_full_model(optimizer, args, kwargs):
+        def clip_full_model(
+            optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
             torch.nn.utils.clip_grad_norm_(params, clip.CLIP_VALUE, clip.NORM_TYPE)
 
         optimizer.register_step_pre_hook(clip_full_model)

@@ -26,6 +26,7 @@ matplotlib.use("Agg")  # draws into files; before pyplot, which Detectron2's Vis
 import matplotlib.pyplot as plt
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 
 # Families for letters that matplotlib's own font lacks; those that are installed are used.
 FONTS = (
@@ -121,7 +122,7 @@ def read_metrics(folder: str | PathLike) -> list[dict[str, float]]:
     A run that was killed and resumed has written some iterations twice: later values replace earlier
     ones.
     """
-    records = {}
+    records: dict[int, dict[str, Any]] = {}
     for line in (Path(folder) / "metrics.json").read_text().splitlines():
         record = json.loads(line)
         records.setdefault(record["iteration"], {}).update(record)
@@ -138,7 +139,7 @@ def plot_run(folder: str | PathLike, path: str | PathLike) -> None:
     records = read_metrics(folder)
     names = {key for record in records for key in record}
 
-    def plot(axes, name, label, **style):
+    def plot(axes: Axes, name: str, label: str, **style: Any) -> None:
         points = [
             (r["iteration"] + 1, r[name]) for r in records if math.isfinite(r.get(name, math.nan))
         ]

@@ -68,7 +68,7 @@ def training_step(args: Namespace, accumulation_steps: int, images: int) -> Call
     )
     trainer.iter = 0
 
-    def step():
+    def step() -> None:
         with EventStorage():
             trainer.run_step()
 

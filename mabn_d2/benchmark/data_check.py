@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -57,7 +58,7 @@ def write_dataset(folder: Path, num_images: int, num_annotations: int) -> tuple[
     return good, bad
 
 
-def _write_images(folder, count):
+def _write_images(folder: Path, count: int) -> None:
     from PIL import Image
 
     folder.mkdir(parents=True)
@@ -70,7 +71,7 @@ def _write_images(folder, count):
             os.link(source, path)
 
 
-def _annotations(rng, num_images, count):
+def _annotations(rng: np.random.Generator, num_images: int, count: int) -> list[dict[str, Any]]:
     """One in 90 is a crowd region with an RLE; the others have one or two polygons, as COCO's do."""
     numbers = np.arange(count)
     polygons = np.where(numbers % 90 == 0, 0, 1 + (numbers % 5 == 0))

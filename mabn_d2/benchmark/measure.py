@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def _host_seconds(clock, run):
+def _host_seconds(clock: Callable[[], float], run: Callable[[], object]) -> float:
     start = clock()
     run()
     return clock() - start
 
 
-def _cuda_seconds(run):
+def _cuda_seconds(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -29,7 +30,7 @@ def _cuda_seconds(run):
     return start.elapsed_time(end) / 1000
 
 
-def _repeat(function, repeats):
+def _repeat(function: Callable[[], Any], repeats: int) -> None:
     for _ in range(repeats):
         function()  # its result is freed before the next
 
@@ -63,7 +64,7 @@ def measure(
         name -> list of `rounds` times of one call, in seconds.
     """
 
-    def seconds(function, repeats):
+    def seconds(function: Callable[[], Any], repeats: int) -> float:
         return clock(lambda: _repeat(function, repeats)) / repeats
 
     repeats = {}
@@ -118,7 +119,7 @@ def describe(device: str) -> dict:
     return {"machine": machine, "versions": versions, "commit": commit or "unknown"}
 
 
-def _processor():
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
+
+if TYPE_CHECKING:  # drawing only is slow to import
+    from matplotlib.axes import Axes
 
 HEADERS = "threads dtype format shape norm ms quartiles ratio quartiles peak-MiB 1/s".split()
 
@@ -39,10 +43,10 @@ def plot(report: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _plot_times(axis, rows, norms):
+def _plot_times(axis: "Axes", rows: list[dict[str, Any]], norms: Sequence[str]) -> None:
     """One colour for each norm, one line for each dtype, format, thread count and depth."""
 
-    def line_of(row):
+    def line_of(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["dtype"], row["format"], row["threads"], row["depth"]
 
     for k, norm in enumerate(norms):
@@ -55,10 +59,10 @@ def _plot_times(axis, rows, norms):
     axis.legend()
 
 
-def _plot_ratios(axis, rows, norms):
+def _plot_ratios(axis: "Axes", rows: list[dict[str, Any]], norms: Sequence[str]) -> None:
     """A bar for each norm, dtype, format and thread count."""
 
-    def case_of(row):
+    def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["dtype"], row["format"], row["threads"]
 
     cases = list(dict.fromkeys(map(case_of, rows)))

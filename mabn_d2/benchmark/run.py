@@ -2,32 +2,32 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
 from . import measure
-from .layer_cases import inference_cases, layer_cases
+from .layer_cases import Case, inference_cases, layer_cases
 from .norms import baseline
 from .report import plot, table
 
 PASSES = 8  # over activations, forward and backward of a layer; a copy makes 2
 
 
-def _detector_cases(args):
+def _detector_cases(args: Namespace) -> Iterator[Case]:
     from .detector_cases import detector_cases  # Detectron2 is needed for these only
 
     return detector_cases(args)
 
 
-def _step_cases(args):
+def _step_cases(args: Namespace) -> Iterator[Case]:
     from .detector_cases import step_cases
 
     return step_cases(args)
 
 
-def _accumulation_cases(args):
+def _accumulation_cases(args: Namespace) -> Iterator[Case]:
     from .accumulation_cases import accumulation_cases
 
     return accumulation_cases(args)

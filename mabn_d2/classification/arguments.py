@@ -3,6 +3,7 @@
 import argparse
 import ast
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_norm_options(options: Sequence[str]) -> dict[str, object]:
+def parse_norm_options(options: Sequence[str]) -> dict[str, Any]:
     """Parse the values of --norm-option, each NAME=VALUE.
 
     Raises:

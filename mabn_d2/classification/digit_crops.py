@@ -67,7 +67,7 @@ def make_digit_crops(folder: str | Path, params: CropParams = CropParams()) -> P
     return folder
 
 
-def _write_split(folder, split, params):
+def _write_split(folder: Path, split: str, params: CropParams) -> None:
     import cv2
 
     sources = load_sources(split, params.seed)

@@ -10,7 +10,7 @@ MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
 @lru_cache
-def _mean_and_std(device):
+def _mean_and_std(device: torch.device) -> list[torch.Tensor]:
     """Copied to the device once: a copy in every iteration would wait for the device."""
     return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
 

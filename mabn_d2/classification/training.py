@@ -6,7 +6,9 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +208,7 @@ class Training:
         assert self.result is not None  # the last iteration is tested
         return self.result
 
-    def load(self, batches, bar) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self, batches: Iterator[Any], bar: tqdm) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images and labels of the next batch."""
         before = time.perf_counter()
         images, labels, bad_paths, loaded = next(batches)

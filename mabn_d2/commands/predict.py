@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _check_device(device):
+def _check_device(device: str) -> None:
     try:
         type = torch.device(device or "cpu").type
     except RuntimeError as error:
