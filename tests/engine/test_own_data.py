@@ -9,6 +9,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
+from commands import SMALL_CONFIG
 from exports import NAMES, edit, write_export
 from mabn_d2.checkpoint import read_checkpoint
 from mabn_d2.checkpoint.description import classes_of, config_of
@@ -18,18 +19,6 @@ from mabn_d2.data.labelled_folder import prepare_folder
 from mabn_d2.engine import ConfigError, Trainer, check_data, read_config, setup_config, use_folder
 from mabn_d2.engine.own_data import log_folder
 from paths import ROOT
-
-CONFIG = f"""
-_BASE_: "{ROOT}/configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
-MODEL:
-  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}}
-  FPN: {{OUT_CHANNELS: 16}}
-  ROI_BOX_HEAD: {{CONV_DIM: 16}}
-  ROI_MASK_HEAD: {{CONV_DIM: 16}}
-INPUT: {{MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96}}
-DATALOADER: {{NUM_WORKERS: 0}}
-SOLVER: {{MAX_ITER: 3}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,7 @@ def exports(tmp_path_factory):
     return export
 
 
-def args(tmp_path, *arguments, config=CONFIG, data=None):
+def args(tmp_path, *arguments, config=SMALL_CONFIG, data=None):
     """Parse the command line of tools/train_net.py; `config` is a path or a text."""
     file = config
     if not isinstance(config, Path):
@@ -88,7 +77,7 @@ def test_what_the_own_data_configs_get(exports, tmp_path, masks, wanted):
 def test_more_than_the_flag_sets(exports, tmp_path):
     """DATASETS.FOLDER in the file or on the command line is the same; with a `~` and a share."""
     folder = exports("json")
-    with_key = CONFIG.replace("DATALOADER", f'DATASETS: {{FOLDER: "{folder}"}}\nDATALOADER')
+    with_key = SMALL_CONFIG.replace("DATALOADER", f'DATASETS: {{FOLDER: "{folder}"}}\nDATALOADER')
     for arguments, kwargs in (
         ((), {"config": with_key}),
         (("DATASETS.FOLDER", folder), {}),
@@ -139,7 +128,7 @@ def test_contradictions_are_one_line(exports, tmp_path, masks, arguments, messag
 )
 def test_contradictions_in_the_file(exports, tmp_path, line, message):
     """A key that the file itself has counts as given, one of its base does not."""
-    config = CONFIG.replace("MODEL:\n", f"MODEL:\n{line}\n")
+    config = SMALL_CONFIG.replace("MODEL:\n", f"MODEL:\n{line}\n")
     with pytest.raises(ConfigError, match=message):
         setup_config(args(tmp_path, config=config, data=exports("coco", "boxes")))
 
@@ -310,7 +299,7 @@ def test_faults_name_the_file_of_the_user(exports, tmp_path, annotation):
 
 def test_script_of_ones_own(exports, tmp_path):
     """The lines in docs/custom-data.md, with a smaller model."""
-    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "config.yaml").write_text(SMALL_CONFIG)
     cfg = read_config(
         str(tmp_path / "config.yaml"),
         ["DATASETS.FOLDER", str(exports("cvat", "rle")), "OUTPUT_DIR", str(tmp_path / "output"),

@@ -19,6 +19,19 @@ SMALL = [
     "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
     "TEST.DETECTIONS_PER_IMAGE", 5,
 ]  # fmt: skip
+# A config file of such a model, for four iterations.
+SMALL_CONFIG = f"""
+_BASE_: "{ROOT}/configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+MODEL:
+  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}}
+  FPN: {{OUT_CHANNELS: 16}}
+  ROI_BOX_HEAD: {{CONV_DIM: 16}}
+  ROI_MASK_HEAD: {{CONV_DIM: 16}}
+INPUT: {{MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96}}
+DATALOADER: {{NUM_WORKERS: 0}}
+SOLVER: {{MAX_ITER: 4}}
+TEST: {{DETECTIONS_PER_IMAGE: 5}}
+"""
 
 
 def start(tool, *arguments, stderr=subprocess.STDOUT, **options):

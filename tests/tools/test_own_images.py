@@ -12,32 +12,18 @@ import torch
 import yaml
 from pycocotools.coco import COCO
 
-from commands import run
+from commands import SMALL_CONFIG, run
 from exports import LAYOUTS, MASKS, NAMES, write_export
 from mabn_d2 import load_predictor
 from mabn_d2.checkpoint import read_checkpoint
 from mabn_d2.layers import CenConv2d, MABN2d
 from paths import ROOT
 
-# A model whose iteration takes a tenth of a second.
-CONFIG = f"""
-_BASE_: "{ROOT}/configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
-MODEL:
-  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}}
-  FPN: {{OUT_CHANNELS: 16}}
-  ROI_BOX_HEAD: {{CONV_DIM: 16}}
-  ROI_MASK_HEAD: {{CONV_DIM: 16}}
-INPUT: {{MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96}}
-DATALOADER: {{NUM_WORKERS: 0}}
-SOLVER: {{MAX_ITER: 4}}
-TEST: {{DETECTIONS_PER_IMAGE: 5}}
-"""
-
 
 def options(tmp_path, folder, *arguments, gpus=0):
     """Return the arguments of train_net.py."""
     file = tmp_path / "config.yaml"
-    file.write_text(CONFIG)
+    file.write_text(SMALL_CONFIG)
     return [
         "--config-file", file, "--data", folder, "--num-gpus", gpus, "--dist-url", "auto",
         *arguments, "OUTPUT_DIR", tmp_path / "output",
