@@ -14,15 +14,13 @@ from detectron2.utils.logger import setup_logger
 
 from ..engine import one_line_errors, read_config
 from ..export import FORMATS, export_checkpoint
+from .predict import add_model_arguments
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="a trained model (.pth)"
     )
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, metavar="FILE")
@@ -36,12 +34,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="FILE", help="compare on these images too"
     )
-    parser.add_argument(
-        "--threshold", type=float, default=0.05, help="leave out lower scores; default: %(default)s"
-    )
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="of the model, if the checkpoint holds no config"
-    )
+    add_model_arguments(parser, threshold=0.05)
     return parser.parse_args(arguments)
 
 

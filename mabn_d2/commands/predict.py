@@ -19,23 +19,31 @@ from ..engine.predict_files import find_images, predict_files
 from ..predictor import load_predictor
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, threshold: float) -> None:
+    """Add the options that name a trained model, and --threshold with its default value."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE", help="a trained model (.pth)"
+    )
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="of the model, if the checkpoint holds no config"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=threshold,
+        help="leave out lower scores; default: %(default)s",
+    )
+
+
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", help="image files, folders, or patterns in quotes")
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="a trained model (.pth)"
-    )
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="leave out lower scores; default: %(default)s"
-    )
     parser.add_argument("--device", help='"cpu" or "cuda"; default: the GPU if there is one')
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="of the model, if the checkpoint holds no config"
-    )
+    add_model_arguments(parser, threshold=0.5)
     return parser.parse_args(arguments)
 
 
