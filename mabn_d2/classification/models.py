@@ -72,7 +72,9 @@ def build_classifier(
         if row.has_window:
             settings["simulated_batch_size"] = simulated_batch
         split = row.split_layer is not None
-        norm_layer: Callable[[int], nn.Module] = partial(new_norm, norm.upper(), split=split, **settings)
+        norm_layer: Callable[[int], nn.Module] = partial(
+            new_norm, norm.upper(), split=split, **settings
+        )
     else:
         layers: dict[str, Callable[[int], nn.Module]] = {
             "bn": partial(SplitBatchNorm2d, batch_size=norm_batch),

@@ -23,7 +23,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @one_line_errors()
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Train or evaluate in one process; return the results of the evaluation."""
     cfg = setup_config(args)
     check_data(cfg, train=not args.eval_only)  # before default_setup writes to OUTPUT_DIR
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> dict:
     log_folder(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    results = trainer.train()
+    trained = trainer.train()
     log_report(trainer)
-    return results
+    return trained
 
 
 def check(args: argparse.Namespace) -> None:

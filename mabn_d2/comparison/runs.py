@@ -5,7 +5,6 @@ import math
 import statistics
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def make_config(args: Namespace, row: str, seed: int) -> CfgNode:
         **{f"MODEL.{node}.NORM": norm for node in NODES},
     }
     return setup_config(
-        SimpleNamespace(
+        Namespace(
             config_file=str(args.config_file),
             opts=[*args.opts, *(part for item in settings.items() for part in item)],
             num_gpus=processes if processes > 1 else args.num_gpus,
@@ -89,7 +88,7 @@ def train(args: Namespace, row: str, seed: int) -> None:
     """Train a run to its end in each of its processes; the first process writes result.json."""
     cfg = make_config(args, row, seed)
     check_data(cfg)  # before default_setup writes to OUTPUT_DIR
-    default_setup(cfg, SimpleNamespace(config_file=str(args.config_file), opts=args.opts))
+    default_setup(cfg, Namespace(config_file=str(args.config_file), opts=args.opts))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
     trainer.train()

@@ -2,7 +2,13 @@
 
 
 class DataError(ValueError):
-    """Data that can't be used, or that contradicts the config: one line with the remedy."""
+    """Data that can't be used, or that contradicts the config: one line with the remedy.
+
+    Attributes:
+        said_elsewhere: whether another process of the run reports it.
+    """
+
+    said_elsewhere = False
 
 
 class BadAnnotationError(DataError):

@@ -1,10 +1,13 @@
 """From the command line to a config that has been checked before any data is read."""
 
 import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.layers import get_norm
 from detectron2.utils import comm
@@ -31,7 +34,7 @@ MAX_WINDOW = 10_000
 GPU_ONLY = ("SyncBN", "nnSyncBN")
 
 
-def read_config(config_file, opts=()):
+def read_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     """Return the config of a YAML file, changed by `opts`, a list of keys and values.
 
     Raises:
@@ -66,7 +69,7 @@ def read_config(config_file, opts=()):
     return merged
 
 
-def setup_config(args, alone=False):
+def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
     """Return the frozen config of Detectron2's command-line arguments.
 
     MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU. `args.data`, a labelled
@@ -94,7 +97,7 @@ def setup_config(args, alone=False):
     return cfg
 
 
-def _use_folder(cfg, args, alone):
+def _use_folder(cfg: CfgNode, args: Namespace, alone: bool) -> None:
     """Set the config from the labelled folder that the command line or the config file names."""
     folder = getattr(args, "data", None)
     given = set(args.opts[::2])
@@ -107,12 +110,12 @@ def _use_folder(cfg, args, alone):
         use_folder_for(cfg, given, args.resume, not args.eval_only, alone)
 
 
-def _keys_of_file(config_file):
+def _keys_of_file(config_file: str) -> set[str]:
     """Return the keys that a YAML config file sets itself, without those of its _BASE_."""
     return set(_leaves(load_yaml(config_file))) if config_file else set()
 
 
-def _leaves(node, prefix=""):
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in node.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -120,7 +123,7 @@ def _leaves(node, prefix=""):
             yield f"{prefix}{name}"
 
 
-def check_config(cfg, workers=1, resume=False, train=True):
+def check_config(cfg: CfgNode, workers: int = 1, resume: bool = False, train: bool = True) -> None:
     """Raise ConfigError for what would fail later, or would not fail and be wrong.
 
     Args:
@@ -155,10 +158,11 @@ def check_config(cfg, workers=1, resume=False, train=True):
             layer = row.layer(1, **row.settings(cfg), device="meta")  # checks the values
         except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"MODEL.{name}: {error}") from error
-        if row.has_window and layer.window > MAX_WINDOW:
+        window = getattr(layer, "window", 0) if row.has_window else 0
+        if window > MAX_WINDOW:
             raise ConfigError(
                 f"MODEL.{name}.SIMULATED_BATCH_SIZE is {cfg.MODEL[name].SIMULATED_BATCH_SIZE}, which "
-                f"is {layer.window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
+                f"is {window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
             )
     for key, node in _norm_nodes(cfg):
         try:
@@ -195,7 +199,7 @@ def check_config(cfg, workers=1, resume=False, train=True):
         )
 
 
-def _check_output(cfg, resume):
+def _check_output(cfg: CfgNode, resume: bool) -> None:
     """OUTPUT_DIR can be written to, and holds no other run."""
     folder = cfg.OUTPUT_DIR
     resumes = check_output_folder(folder, resume, "OUTPUT_DIR")
@@ -204,7 +208,7 @@ def _check_output(cfg, resume):
             check_same_run(cfg, file.read(), f"{folder}/config.yaml")
 
 
-def _differences(node, other, prefix=""):
+def _differences(node: CfgNode, other: CfgNode, prefix: str = "") -> Iterator[str]:
     """Yield the keys in which two nested configs differ."""
     for name in sorted({*node, *other}):
         key, value, theirs = f"{prefix}{name}", node.get(name), other.get(name)
@@ -214,13 +218,13 @@ def _differences(node, other, prefix=""):
             yield key
 
 
-def _value(cfg, key):
+def _value(cfg: CfgNode, key: str) -> Any:
     for name in key.split("."):
         cfg = cfg[name]
     return cfg
 
 
-def _norm_nodes(node, prefix=""):
+def _norm_nodes(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, CfgNode]]:
     """Yield (key, node) of every node that has a NORM."""
     for name, value in node.items():
         if hasattr(value, "items"):
@@ -230,7 +234,7 @@ def _norm_nodes(node, prefix=""):
             yield from _norm_nodes(value, f"{key}.")
 
 
-def _check_evaluation(cfg):
+def _check_evaluation(cfg: CfgNode) -> None:
     """Keys of what follows from an evaluation: the best checkpoint, early stopping."""
     metric, patience = cfg.TEST.BEST_METRIC, cfg.SOLVER.EARLY_STOPPING_PATIENCE
     tasks = ["bbox", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation"]

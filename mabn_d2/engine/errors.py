@@ -46,7 +46,7 @@ def on_one_rank(function: Callable[[], Any]) -> None:
         ConfigError, ...: where `function` raised it first.
         SystemExit: in all other processes, so that an error is said once.
     """
-    error = None
+    error: Exception | None = None
     if comm.get_local_rank() == 0:
         try:
             function()
@@ -55,7 +55,7 @@ def on_one_rank(function: Callable[[], Any]) -> None:
     failed = comm.all_gather(error is not None)
     if not any(failed):
         return
-    if comm.get_rank() == failed.index(True):
+    if error is not None and comm.get_rank() == failed.index(True):
         raise error
     sys.exit(1)
 

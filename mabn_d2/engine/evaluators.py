@@ -22,13 +22,13 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from .errors import ConfigError
 
 
-def _coco(cfg, name, folder):
+def _coco(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
     # The converted copy of a dataset that is no COCO file may be of another run, so it is not reused.
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas, allow_cached_coco=False)
 
 
-def _semantic(cfg, name, folder):
+def _semantic(cfg: CfgNode, name: str, folder: str) -> SemSegEvaluator:
     return SemSegEvaluator(name, output_dir=folder)
 
 

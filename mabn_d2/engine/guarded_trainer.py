@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ LOSS_NORMALIZER = "loss_normalizer"
 MAX_REJECTED = 20
 
 
-def guarded_forward(model, data):
+def guarded_forward(
+    model: torch.nn.Module, data: Sequence[dict[str, Any]]
+) -> Mapping[str, torch.Tensor]:
     """Return model(data), or losses of NaN if Detectron2 stops at values that are not finite.
 
     Detectron2's RPN raises FloatingPointError. If one rank left the iteration there, the others would
@@ -36,13 +38,13 @@ def guarded_forward(model, data):
     except FloatingPointError as error:
         logging.getLogger(__name__).warning(f"the forward gave up: {error}")
         params = [p for p in model.parameters() if p.requires_grad]
-        return {"loss_not_finite": sum((p.flatten()[:1] * torch.nan).sum() for p in params)}
+        return {"loss_not_finite": torch.cat([p.flatten()[:1] for p in params]).sum() * torch.nan}
 
 
 class GuardedDDP(DistributedDataParallel):
     """DistributedDataParallel around `guarded_forward`, so that the ranks stay in step."""
 
-    def _run_ddp_forward(self, data):
+    def _run_ddp_forward(self, data: list[dict[str, Any]]) -> Mapping[str, torch.Tensor]:
         with self._inside_ddp_forward():
             return guarded_forward(self.module, data)
 
@@ -129,9 +131,10 @@ class GuardedTrainer(SimpleTrainer):
         storage.put_scalar("rejected_batches", self.rejected, smoothing_hint=False)
         storage.put_scalar("bad_images", self.bad_images, smoothing_hint=False)
 
-    def _accumulate_gradients(self, data) -> dict[str, torch.Tensor]:
+    def _accumulate_gradients(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Set the gradients to the mean over the micro-batches of `data`; return the mean losses."""
-        steps, total = self.accumulation_steps, {}
+        steps = self.accumulation_steps
+        total: dict[str, torch.Tensor] = {}
         self.optimizer.zero_grad()
         for number, batch in enumerate(micro_batches(data, steps)):
             if self.seed is not None:
@@ -139,12 +142,13 @@ class GuardedTrainer(SimpleTrainer):
             with self._synchronized(number == steps - 1):
                 with self.autocast:
                     losses = self._forward(batch)
-                self.grad_scaler.scale(sum(losses.values()) / steps).backward()
-            for name, loss in losses.items():
-                total[name] = total.get(name, 0) + loss.detach() / steps
+                loss: Any = sum(losses.values())  # for mypy, a sum may be the number 0
+                self.grad_scaler.scale(loss / steps).backward()
+            for name, value in losses.items():
+                total[name] = total.get(name, 0) + value.detach() / steps
         return total
 
-    def _forward(self, data) -> Mapping[str, torch.Tensor]:
+    def _forward(self, data: Sequence[dict[str, Any]]) -> Mapping[str, torch.Tensor]:
         if isinstance(self.model, GuardedDDP):
             return self.model(data)
         return guarded_forward(self.model, data)
@@ -155,7 +159,7 @@ class GuardedTrainer(SimpleTrainer):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _reject(self, losses):
+    def _reject(self, losses: Mapping[str, torch.Tensor]) -> None:
         self.rejected += 1
         self.rejected_in_a_row += 1
         values = {name: loss.item() for name, loss in losses.items()}
@@ -164,12 +168,13 @@ class GuardedTrainer(SimpleTrainer):
         if self.rejected_in_a_row >= MAX_REJECTED:
             raise FloatingPointError(f"{message}, the {MAX_REJECTED}th batch in a row")
 
-    def _rescale(self, factor):
+    def _rescale(self, factor: float) -> None:
         if factor != 1 and self.norms:
             torch._foreach_mul_([norm.buffer_gz for norm in self.norms], factor)
 
-    def _bare_model(self):
-        return getattr(self.model, "module", self.model)
+    def _bare_model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.model
+        return getattr(model, "module", model)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -13,6 +13,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def started_process(environment: Mapping[str, str] = os.environ) -> StartedProce
     return found if found and found.world_size > 1 else None
 
 
-def _from_torchrun(environment):
+def _from_torchrun(environment: Mapping[str, str]) -> StartedProcess | None:
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
     get = lambda name: int(environment[name])  # noqa: E731
@@ -83,7 +84,7 @@ def _from_torchrun(environment):
     )
 
 
-def _from_slurm(environment):
+def _from_slurm(environment: Mapping[str, str]) -> StartedProcess | None:
     # Of the step that srun started; a batch script itself has no step.
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     if "SLURM_PROCID" not in environment or not tasks or int(tasks) == 1:
@@ -101,14 +102,17 @@ def _from_slurm(environment):
         int(environment["SLURM_PROCID"]),
         int(tasks),
         int(environment["SLURM_LOCALID"]),
-        min(int(re.match(r"\d+", per_node)[0]), int(tasks)),  # "4(x2)" is 4 on each of 2 nodes
+        min(int(re.split(r"[(,]", per_node)[0]), int(tasks)),  # "4(x2)" is 4 on each of 2 nodes
         f"{host}:{port}",
     )
 
 
-def _first_host(nodes):
+def _first_host(nodes: str) -> str:
     """Return the first host of a node list such as "gpu[03-05,7],login1"."""
-    name, _, rest = re.match(r"([^,\[]+)(\[([^\]]+)\])?", nodes).groups("")
+    found = re.match(r"([^,\[]+)(\[([^\]]+)\])?", nodes)
+    if found is None:
+        raise ValueError(f"no host in the node list {nodes!r}")
+    name, _, rest = found.groups("")
     return name + re.split("[,-]", rest)[0]
 
 
@@ -212,7 +216,13 @@ def launch(
             signal.signal(number, handler)
 
 
-def _join(started, num_gpus, main, args, check):
+def _join(
+    started: StartedProcess,
+    num_gpus: int,
+    main: Callable[..., Any],
+    args: tuple,
+    check: Callable[..., Any] | None,
+) -> Any:
     """Run `main` in this process, as one of those that torchrun or srun has started."""
     on_gpu = torch.cuda.is_available() and num_gpus > 0
     if on_gpu:
@@ -244,6 +254,7 @@ def _join(started, num_gpus, main, args, check):
         dist.destroy_process_group()
 
 
-def _forward(number, frame):
+def _forward(number: int, frame: FrameType | None) -> None:
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, number)
+        if worker.pid is not None:
+            os.kill(worker.pid, number)

@@ -92,8 +92,8 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
     )  # fmt: skip
 
 
-def _check_train(train):
-    for key in train:
+def _check_train(train: DictConfig) -> None:
+    for key in map(str, train):
         if key not in TRAIN_KEYS:
             raise ConfigError(
                 f"train.{key} is unknown{did_you_mean(key, TRAIN_KEYS)}: nothing reads it; use one of "

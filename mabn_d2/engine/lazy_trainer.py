@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.engine import HookBase, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -105,7 +105,9 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     trainer.train(start, cfg.train.max_iter)
 
 
-def _build_hooks(cfg, bare, trainer, checkpointer):
+def _build_hooks(
+    cfg: DictConfig, bare: nn.Module, trainer: GuardedTrainer, checkpointer: SafeCheckpointer
+) -> list[HookBase]:
     main = comm.is_main_process()
     rank_states = KeepRankStates(bare, checkpointer, cfg.train.checkpointer.period)
     chosen = [
@@ -146,7 +148,8 @@ def run(args: Namespace) -> dict[str, Any] | None:
         log_changes(changes, "the last checkpoint's")
     model = build_model(cfg)
     if not args.eval_only:
-        return train(cfg, model, args.resume)
+        train(cfg, model, args.resume)
+        return None
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, complete=True)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     return evaluate(cfg, model)

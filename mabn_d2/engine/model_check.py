@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +14,9 @@ from ..checkpoint import CheckpointError, SafeCheckpointer
 from ..modeling.norm import build_model
 from .errors import ConfigError, one_line
 
-_checked = set()  # so that a second look at the same config in this process costs nothing
+_checked: set[tuple[str, bool, bool]] = (
+    set()
+)  # so that a second look at the same config in this process costs nothing
 
 
 def check_model(cfg: CfgNode, resume: bool = False, train: bool = True) -> None:
@@ -99,7 +102,7 @@ def check_weights(
             raise CheckpointError(f"{'--resume' if resumes else key}: {error}") from error
 
 
-def _has_checkpoint(folder):
+def _has_checkpoint(folder: str) -> bool:
     return PathManager.isfile(f"{folder}/last_checkpoint")
 
 
@@ -136,7 +139,7 @@ def build_errors(node: Mapping, prefix: str = "MODEL.") -> Iterator[None]:
         ) from error
 
 
-def _where(error):
+def _where(error: Exception) -> str:
     """Return the source line that raised, for an `assert` without a message."""
     import traceback
 
@@ -144,7 +147,7 @@ def _where(error):
     return f"{frame.line} in {frame.name}"
 
 
-def _keys_with(node, value, prefix):
+def _keys_with(node: Mapping, value: Any, prefix: str) -> Iterator[str]:
     """Yield the keys whose value is `value` or a list that holds it."""
     for name, item in node.items():
         if isinstance(item, Mapping):
@@ -156,7 +159,7 @@ def _keys_with(node, value, prefix):
 
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Leave out what the real building and loading log again."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mabn_d2")]
     levels = [logger.level for logger in loggers]

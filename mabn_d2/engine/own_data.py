@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -114,7 +115,9 @@ def with_folder(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _prepare(path, val_share, class_names, alone):
+def _prepare(
+    path: str, val_share: float | None, class_names: list[str] | None, alone: bool
+) -> PreparedFolder:
     """Prepare the folder in the first process of each machine, for all of its processes.
 
     What a call `alone` has prepared is taken by the next call of this process: the check before a run
@@ -125,7 +128,8 @@ def _prepare(path, val_share, class_names, alone):
         prepared = prepare_folder(*request)
         _prepared_alone[:] = [(request, prepared)]
         return prepared
-    own, first = None, comm.get_rank() - comm.get_local_rank()
+    own: PreparedFolder | DataError | None = None
+    first = comm.get_rank() - comm.get_local_rank()
     if comm.get_local_rank() == 0:
         before = _prepared_alone.pop() if _prepared_alone else (None, None)
         try:
@@ -133,10 +137,10 @@ def _prepare(path, val_share, class_names, alone):
         except DataError as error:
             own = error
     prepared = comm.all_gather(own)
-    error = next((p for p in (prepared[first], *prepared) if isinstance(p, DataError)), None)
-    if error is not None:
-        error.said_elsewhere = comm.get_local_rank() > 0 or prepared[first] is not error
-        raise error
+    refusal = next((p for p in (prepared[first], *prepared) if isinstance(p, DataError)), None)
+    if refusal is not None:
+        refusal.said_elsewhere = comm.get_local_rank() > 0 or prepared[first] is not refusal
+        raise refusal
     return prepared[first]
 
 
@@ -175,7 +179,8 @@ def use_folder_for(
         )
         if trained_with and not trained_with.MODEL.MASK_ON and "MODEL.MASK_ON" not in given:
             cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
-    return use_folder(cfg, given, classes and [c["name"] for c in classes], hold_out, alone)
+    class_names = None if classes is None else [c["name"] for c in classes]
+    return use_folder(cfg, given, class_names, hold_out, alone)
 
 
 def log_folder(cfg: CfgNode) -> None:
@@ -186,7 +191,9 @@ def log_folder(cfg: CfgNode) -> None:
         logging.getLogger("detectron2").info("Own images:\n" + next(filter(None, texts)))
 
 
-def _set_datasets(cfg, names, given, hold_out):
+def _set_datasets(
+    cfg: CfgNode, names: dict[str, str], given: Collection[str], hold_out: bool
+) -> None:
     for key in ("TRAIN", "TEST"):
         value = tuple(cfg.DATASETS[key])
         if set(value) <= set(names.values()) and value:
@@ -205,7 +212,7 @@ def _set_datasets(cfg, names, given, hold_out):
         )
 
 
-def _set_classes(cfg, names, given):
+def _set_classes(cfg: CfgNode, names: list[str], given: Collection[str]) -> None:
     used = "MODEL.RETINANET" if _is_retina(cfg) else "MODEL.ROI_HEADS"
     for node in ("MODEL.ROI_HEADS", "MODEL.RETINANET"):
         key = f"{node}.NUM_CLASSES"
@@ -219,7 +226,7 @@ def _set_classes(cfg, names, given):
         _set(cfg, key, len(names))
 
 
-def _set_masks(cfg, folder, given):
+def _set_masks(cfg: CfgNode, folder: PreparedFolder, given: Collection[str]) -> None:
     if cfg.MODEL.META_ARCHITECTURE in NO_MASKS:
         cfg.MODEL.MASK_ON = False
         return
@@ -243,7 +250,7 @@ def _set_masks(cfg, folder, given):
         )
 
 
-def _used_keys(cfg):
+def _used_keys(cfg: CfgNode) -> list[str]:
     """Return the keys of SET_BY_FOLDER that have an effect with this config."""
     unused = {f"MODEL.{'ROI_HEADS' if _is_retina(cfg) else 'RETINANET'}.NUM_CLASSES"}
     if not cfg.MODEL.MASK_ON:
@@ -251,16 +258,16 @@ def _used_keys(cfg):
     return [key for key in SET_BY_FOLDER if key not in unused]
 
 
-def _is_retina(cfg):
+def _is_retina(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
-def _get(cfg, key):
+def _get(cfg: CfgNode, key: str) -> Any:
     for name in key.split("."):
         cfg = cfg[name]
     return cfg
 
 
-def _set(cfg, key, value):
+def _set(cfg: CfgNode, key: str, value: Any) -> None:
     *nodes, name = key.split(".")
     _get(cfg, ".".join(nodes))[name] = value

@@ -5,10 +5,10 @@ import io
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data.catalog import Metadata
@@ -65,9 +65,9 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
         found += files
     files = list({file.resolve(): file for file in found}.values())
     pictures = output / PICTURES
-    if inside := [file for file in files if pictures in file.resolve().parents]:
+    if own := [file for file in files if pictures in file.resolve().parents]:
         raise ConfigError(
-            f"--output {output} would overwrite the image {inside[0]}: name another folder"
+            f"--output {output} would overwrite the image {own[0]}: name another folder"
         )
     return files
 
@@ -87,8 +87,13 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
     pictures = output / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     metadata = Metadata(thing_classes=predictor.class_names)
-    images, results, skipped, taken, seconds = [], [], [], set(), []
-    objects, with_objects, scores = Counter(), Counter(), Counter()
+    images: list[dict[str, Any]] = []
+    results, skipped, seconds = [], [], []
+    taken: set[str] = set()  # names of pictures
+    # By the index of the class.
+    objects: Counter[int] = Counter()
+    with_objects: Counter[int] = Counter()
+    scores: dict[int, float] = defaultdict(float)
     for path in tqdm(files, "images", unit="image"):
         try:
             image = predictor.read(path)
@@ -146,7 +151,7 @@ def _write_picture(path: Path, image: np.ndarray, instances: Instances, metadata
         file.write(buffer.getvalue())
 
 
-def _write_json(path, content):
+def _write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as file:
         file.write(json.dumps(content).encode())
 

@@ -83,7 +83,7 @@ def training_images(cfg: CfgNode) -> int:
     return len(records)
 
 
-def _choose_weights(cfg):
+def _choose_weights(cfg: CfgNode) -> None:
     """Set MODEL.WEIGHTS to MODEL.WEIGHTS_IF_PRESENT if that file exists and no other is named."""
     optional = cfg.MODEL.WEIGHTS_IF_PRESENT
     if not optional:
@@ -95,7 +95,7 @@ def _choose_weights(cfg):
         cfg.MODEL.WEIGHTS = optional
 
 
-def _choose_schedule(cfg, num_images):
+def _choose_schedule(cfg: CfgNode, num_images: int | None) -> None:
     solver, mabn = cfg.SOLVER, cfg.MODEL.MABN
     if solver.MAX_ITER == AUTO:
         if solver.EPOCHS < 1:

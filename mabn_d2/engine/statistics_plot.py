@@ -14,9 +14,9 @@ STYLES = {
 }
 
 
-def read_statistics(run: str) -> dict:
+def read_statistics(run: str) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:
     """Return {layer: {statistic: {kind: [(iteration, value), ...]}}} of a run's metrics.json."""
-    layers = {}
+    layers: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for record in read_metrics(run):
         for key, value in record.items():
             if key.startswith("statistics/"):

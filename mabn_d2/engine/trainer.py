@@ -3,14 +3,21 @@
 import logging
 import os
 import weakref
+from collections.abc import Mapping
+from inspect import getattr_static
+from typing import Any
 
 import torch
-from detectron2.engine import DefaultTrainer, TrainerBase, hooks
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..checkpoint.description import CONFIG, describe
@@ -61,14 +68,14 @@ class Trainer(DefaultTrainer):
     running variances are averaged over the ranks first.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)  # DefaultTrainer's own lets no process train on CPU but one
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         share_log()
         cfg = with_folder(cfg)
-        own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
-        check_data(cfg, evaluators=not own)
+        build, ours = (getattr_static(cls, "build_evaluator") for cls in (type(self), Trainer))
+        check_data(cfg, evaluators=build is ours)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         finalize_schedule(cfg)
         check_values(cfg)
@@ -102,7 +109,7 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.before_resume = self._check_same_run
         super().resume_or_load(resume)
         if self.start_iter > 0:
@@ -115,7 +122,7 @@ class Trainer(DefaultTrainer):
             recalibrate_converted(self.model, self._micro_batches())
         self.data_loader.batch_sampler.start = self.start_iter
 
-    def _check_same_run(self, checkpoint):
+    def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
         """Compare the config in a checkpoint, before anything of it is loaded, with this one."""
         text = checkpoint.get(CONFIG)
         self._changes = (
@@ -124,14 +131,15 @@ class Trainer(DefaultTrainer):
             else []
         )
 
-    def _bare_model(self):
-        return getattr(self.model, "module", self.model)
+    def _bare_model(self) -> nn.Module:
+        model: nn.Module = self.model
+        return getattr(model, "module", model)
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         follow_schedule(self.scheduler, self.optimizer)
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[HookBase]:
         ours = []
         if self.cfg.MODEL.MABN.SYNC_BEFORE_EVAL:
             periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
@@ -164,7 +172,7 @@ class Trainer(DefaultTrainer):
         ours += self._evaluation_hooks(rank_states)
         return [*ours, StopOnSignal(self.checkpointer, rank_states)]
 
-    def _evaluation_hooks(self, rank_states):
+    def _evaluation_hooks(self, rank_states: KeepRankStates) -> list[HookBase]:
         """Return the hooks of evaluation and of what follows from it; each uses those before it."""
         test, period = self.cfg.TEST, self.cfg.TEST.EVAL_PERIOD
         chosen = [hooks.EvalHook(period, self._evaluate)]
@@ -173,8 +181,7 @@ class Trainer(DefaultTrainer):
             chosen.append(BestCheckpoint(period, self.checkpointer, metric))
         if comm.is_main_process():
             if test.PICTURES > 0 and self.cfg.DATASETS.TEST:
-                model = getattr(self.model, "module", self.model)
-                chosen.append(DrawPredictions(self.cfg, model, period, test.PICTURES))
+                chosen.append(DrawPredictions(self.cfg, self._bare_model(), period, test.PICTURES))
             chosen.append(hooks.PeriodicWriter(self.build_writers(), period=20))
             chosen.append(LogSlowIterations(CommonMetricPrinter(self.max_iter)))
         if metric and self.cfg.SOLVER.EARLY_STOPPING_PATIENCE > 0:
@@ -183,7 +190,7 @@ class Trainer(DefaultTrainer):
             chosen.append(EarlyStopping(best, patience, rank_states))
         return chosen
 
-    def _precise_statistics(self):
+    def _precise_statistics(self) -> list[HookBase]:
         """Return the hooks of TEST.PRECISE_BN, on batches of the size that a forward has in training."""
         if not self.cfg.TEST.PRECISE_BN.ENABLED:
             return []
@@ -200,7 +207,9 @@ class Trainer(DefaultTrainer):
         return chosen
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
         """Evaluate on DATASETS.TEST; with TEST.AUG.ENABLED, with test-time augmentation besides.
 
         Returns:
@@ -222,22 +231,21 @@ class Trainer(DefaultTrainer):
             into |= {f"{task}_TTA": values for task, values in (found or {}).items()}
         return results
 
-    def _evaluate(self):
+    def _evaluate(self) -> dict[str, Any]:
         results = self.test(self.cfg, self.model)
         if self.cfg.TEST.VALIDATION_LOSS:
-            model = getattr(self.model, "module", self.model)
             for name in self.cfg.DATASETS.TEST:
                 loader = build_validation_loader(self.cfg, name)
                 if loader is None:  # a set without annotations
                     continue
-                losses = validation_losses(model, loader)
+                losses = validation_losses(self._bare_model(), loader)
                 if comm.is_main_process():  # where the other results are
                     several = len(self.cfg.DATASETS.TEST) > 1
                     (results[name] if several else results)["validation"] = losses
         self._last_eval_results = results
         return results
 
-    def train(self):
+    def train(self) -> dict[str, Any] | None:
         """Train to the end, or to where early stopping ends it; see DefaultTrainer.train."""
         try:
             return super().train()
@@ -246,7 +254,7 @@ class Trainer(DefaultTrainer):
                 self._evaluate()
             return None
 
-    def _micro_batches(self):
+    def _micro_batches(self) -> MicroBatches:
         """Return training batches of the size that a forward has, beside the loader that trains."""
         cfg = self.cfg.clone()
         cfg.defrost()
@@ -254,18 +262,18 @@ class Trainer(DefaultTrainer):
         return MicroBatches(self.build_train_loader(cfg), cfg.SOLVER.ACCUMULATION_STEPS)
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Return the evaluators of the dataset's `evaluator_type`, as `evaluators.EVALUATORS` says."""
         return build_evaluator(cfg, dataset_name)

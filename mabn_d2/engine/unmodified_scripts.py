@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.config.config import get_cfg as stock_get_cfg
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.solver import build_optimizer as stock_build_optimizer
 
 from ..checkpoint import SafeCheckpointer
@@ -69,7 +69,7 @@ def _replace_in_detectron2(stock: Any, ours: Any) -> None:
 
 def _read_safely(merge_from_file: Callable) -> Callable:
     @functools.wraps(merge_from_file)
-    def merge(self, cfg_filename, *args, **kwargs):
+    def merge(self: CfgNode, cfg_filename: str, *args: Any, **kwargs: Any) -> None:
         check_yaml(cfg_filename)
         return merge_from_file(self, cfg_filename, *args, **kwargs)
 
@@ -88,7 +88,7 @@ def _warn_of_unread(cfg: CfgNode) -> None:
 
 def _with_recalibration(build_hooks: Callable) -> Callable:
     @functools.wraps(build_hooks)
-    def build(self):
+    def build(self: DefaultTrainer) -> list[HookBase]:
         _warn_of_unread(self.cfg)  # Trainer, which reads them, has hooks of its own
         hooks = build_hooks(self)
         test = self.cfg.TEST

@@ -53,7 +53,8 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[st
         model: without DistributedDataParallel around it.
         loader: yields lists of records, those of this rank. All ranks must call this function.
     """
-    total, images, names = {}, 0, None
+    total: dict[str, torch.Tensor] = {}
+    images = 0
     with _as_in_validation(model), EventStorage(), torch.no_grad():
         for batch in loader:
             torch.manual_seed(mix(images, comm.get_rank()))

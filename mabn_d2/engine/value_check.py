@@ -187,12 +187,12 @@ def check_values(cfg: CfgNode, train: bool = True) -> None:
                 f"{key} is {value!r}, which is not registered{did_you_mean(value, known)}: use one of "
                 f"{', '.join(known)}, or import the module that registers it"
             )
-    for key, known in CHOICES.items():
+    for key, choices in CHOICES.items():
         value = get(cfg, key)
-        if value is not None and value not in known and _is_used(cfg, key):
+        if value is not None and value not in choices and _is_used(cfg, key):
             raise ConfigError(
-                f"{key} is {value!r}{did_you_mean(value, known)}: use one of "
-                f"{', '.join(map(str, known))}"
+                f"{key} is {value!r}{did_you_mean(value, choices)}: use one of "
+                f"{', '.join(map(str, choices))}"
             )
     for words, keys in NUMBERS.items():
         for key in keys:
@@ -204,7 +204,7 @@ def check_values(cfg: CfgNode, train: bool = True) -> None:
         _check_schedule(cfg)
 
 
-def _check_model(cfg):
+def _check_model(cfg: CfgNode) -> None:
     model = cfg.MODEL
     try:
         torch.device(model.DEVICE)
@@ -242,7 +242,7 @@ def _check_model(cfg):
         )
 
 
-def _check_anchors(cfg):
+def _check_anchors(cfg: CfgNode) -> None:
     """A list of sizes or ratios holds for all feature maps, or there is one for each of them."""
     node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "RPN"
     features = cfg.MODEL[node].IN_FEATURES
@@ -258,7 +258,7 @@ def _check_anchors(cfg):
             )
 
 
-def _check_schedule(cfg):
+def _check_schedule(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if list(solver.STEPS) != sorted(set(solver.STEPS)):
         raise ConfigError(f"SOLVER.STEPS is {_shown(solver.STEPS)}: give rising iterations")
@@ -298,7 +298,7 @@ def _norms(node: CfgNode) -> Iterator[str]:
             yield from _norms(value)
 
 
-def _is_used(cfg, key):
+def _is_used(cfg: CfgNode, key: str) -> bool:
     """Return whether the model of a config reads a key, as far as that is known here."""
     model = cfg.MODEL
     resnet, retinanet = "resnet" in model.BACKBONE.NAME, model.META_ARCHITECTURE == "RetinaNet"
@@ -327,7 +327,7 @@ def get(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-def _numbers(value):
+def _numbers(value: Any) -> Iterator[Any]:
     """Yield the numbers in a value, a list or nested lists; None is no number."""
     if isinstance(value, (list, tuple)):
         for item in value:
@@ -336,15 +336,15 @@ def _numbers(value):
         yield value
 
 
-def _in_range(x, words):
+def _in_range(x: Any, words: str) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and RANGES[words](x)
 
 
-def _shown(value):
+def _shown(value: Any) -> list[Any] | str:
     return list(value) if isinstance(value, tuple) else repr(value)
 
 
-def _what(value, words):
+def _what(value: Any, words: str) -> str:
     if isinstance(value, (list, tuple)):
         return f"numbers, each {words}"
     return words if words.startswith("a ") else f"a number {words}"

@@ -110,6 +110,9 @@ def test_what_the_environment_says():
         environment = {k: v for k, v in {**TORCHRUN, **wrong}.items() if v is not None}
         with pytest.raises(ConfigError, match=r"RANK|rank|torchrun"):
             started_process(environment)
+    for wrong in ({"SLURM_TASKS_PER_NODE": "many"}, {"SLURM_NODELIST": "[1-2]"}):
+        with pytest.raises(ConfigError, match="variables of torchrun or srun are wrong"):
+            started_process(SLURM | wrong)
 
 
 @pytest.mark.parametrize("settings, environment, message", [

@@ -1,11 +1,15 @@
 """What the norms see while they train: batch statistics beside their moving averages."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ...layers import MABN2d, functional
+from ...layers.mabn import Statistics
 from ...modeling.norm_table import norm_layers
 
 
@@ -15,10 +19,12 @@ class Moving:
     A value that is not finite enters neither average, which is decided on the device.
     """
 
-    def __init__(self, window, momentum):
-        self.window, self.momentum, self.batch = window, momentum, None
+    def __init__(self, window: int, momentum: float) -> None:
+        self.window, self.momentum = window, momentum
+        self.batch: torch.Tensor | None = None
 
-    def push(self, value):
+    def push(self, value: torch.Tensor) -> None:
+        """Enter the value (C,) of this iteration."""
         if self.batch is None:
             self.values, self.ema = (
                 value.new_zeros(self.window, len(value)),
@@ -33,18 +39,23 @@ class Moving:
         self.count += accepted
         self.batch = value
 
-    def means(self):
-        """Return {"batch", "window", "ema"}, each averaged over the channels, on the device."""
+    def means(self) -> dict[str, torch.Tensor]:
+        """Return {"batch", "window", "ema"}, each averaged over the channels, on the device.
+
+        Empty before the first value.
+        """
+        if self.batch is None:
+            return {}
         window = window_mean(self.values, self.count)
         return {"batch": self.batch.mean(), "window": window, "ema": self.ema.mean()}
 
 
-def window_mean(values, count):
+def window_mean(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Return the mean of a window (m, C) of which `count` (1,) rows, at most m, have been written."""
     return (values.sum(0) / count.clamp(1, len(values))).mean()
 
 
-def forward_order(name):
+def forward_order(name: str) -> tuple[bool, bool]:
     """A sort key that brings names of layers nearer to the order in which the forward uses them.
 
     Detectron2 registers an FPN's own layers before those of the network below it, and a sorted file
@@ -80,11 +91,18 @@ class LogStatistics(HookBase):
         ValueError: for a name that is not a BatchNorm layer, or one of `NORMS`, in the model.
     """
 
-    def __init__(self, model, period, layers=(), window=16, momentum=0.98, grad_scaler=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        period: int,
+        layers: Sequence[str] = (),
+        window: int = 16,
+        momentum: float = 0.98,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        kinds: tuple[type[nn.Module], ...] = (*norm_layers(), nn.modules.batchnorm._BatchNorm)
         norms = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, (*norm_layers(), nn.modules.batchnorm._BatchNorm))
+            name: module for name, module in model.named_modules() if isinstance(module, kinds)
         }
         wrong = [name for name in layers if name not in norms]
         if wrong or not norms:
@@ -93,40 +111,40 @@ class LogStatistics(HookBase):
                 f"there are {', '.join(norms) or 'none: switch the logging off'}"
             )
         names = sorted(norms, key=forward_order)
-        names = layers or [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+        names = list(layers) or [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
         self.layers = {name: norms[name] for name in names}
         self.period, self.window, self.momentum = period, window, momentum
         self.grad_scaler = grad_scaler
 
-    def before_train(self):
-        self.moving = {name: {} for name in self.layers}
+    def before_train(self) -> None:
+        self.moving: dict[str, dict[str, Moving]] = {name: {} for name in self.layers}
         self.handles = [
             layer.register_forward_hook(self._watch(name)) for name, layer in self.layers.items()
         ]
 
-    def after_train(self):
+    def after_train(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def after_step(self):
+    def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period:
             return
-        scalars = {}
+        scalars: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             for statistic, moving in self.moving[name].items():
                 means = moving.means().items()
                 scalars |= {f"{name}/{statistic}/{kind}": mean for kind, mean in means}
-            if isinstance(layer, MABN2d) and layer.last is not None:
-                scalars |= {f"{name}/{key}": mean for key, mean in self._own(layer).items()}
+            if isinstance(layer, MABN2d) and (last := layer.last) is not None:
+                scalars |= {f"{name}/{key}": mean for key, mean in self._own(layer, last).items()}
         values = (
             torch.stack([mean.float() for mean in scalars.values()]).tolist() if scalars else []
         )
         for name, value in zip(scalars, values, strict=True):
             get_event_storage().put_scalar(f"statistics/{name}", value, smoothing_hint=False)
 
-    def _own(self, layer):
+    def _own(self, layer: MABN2d, last: Statistics) -> dict[str, torch.Tensor]:
         """Return what a MABN layer itself keeps, {statistic/kind: mean over the channels}."""
-        x2, r, limit = layer.last.x2, layer.last.r, layer.clip_limit
+        x2, r, limit = last.x2, last.r, layer.clip_limit
         return {
             "x2/batch": x2.mean(),
             "x2/window": window_mean(layer.buffer_x2, layer.iters),
@@ -137,21 +155,22 @@ class LogStatistics(HookBase):
             "r_clipped/window": ((r <= 1 / limit) | (r >= limit)).float().mean(),
         }
 
-    def _scale(self, device):
+    def _scale(self, device: torch.device) -> torch.Tensor:
         """Return what gradients are scaled by now, on the device."""
         one = torch.ones((), device=device)
         return one if self.grad_scaler is None else self.grad_scaler.scale(one)
 
-    def _watch(self, name):
-        def push(statistic, value):
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
+        def push(statistic: str, value: torch.Tensor) -> None:
             moving = self.moving[name].setdefault(statistic, Moving(self.window, self.momentum))
             moving.push(value.float())
 
-        def hook(layer, args, y):
+        def hook(layer: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
             x = args[0].detach()
             if not y.requires_grad or not layer.training or x.numel() == 0:
                 return
             axes = (0, 2, 3)
+            scale: torch.Tensor | float
             if isinstance(layer, MABN2d):
                 if layer.last is None:  # frozen
                     return
@@ -159,11 +178,12 @@ class LogStatistics(HookBase):
                 mean, scale = torch.zeros_like(var), layer.weight.detach() * r
             else:
                 var, mean = torch.var_mean(x.float(), axes, correction=0)
-                scale = 1.0 if layer.weight is None else layer.weight.detach()
+                weight = layer._parameters.get("weight")  # None with affine=False
+                scale = 1.0 if weight is None else weight.detach()
                 push("mean", mean)
                 push("var", var)
 
-            def backward(dy):
+            def backward(dy: torch.Tensor) -> None:
                 dy = dy.float() / self._scale(dy.device)
                 if getattr(layer, "activation", None):
                     dy = dy * (y.detach() > 0)

@@ -9,6 +9,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ...checkpoint import SafeCheckpointer
+
 KEY = "rank_states"  # of a checkpoint; stock Detectron2 ignores it
 
 _logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def gather_rank_states(model: nn.Module) -> dict[str, Any] | None:
     return {"buffers": gathered} if comm.is_main_process() else None
 
 
-def _buffer_name(name):
+def _buffer_name(name: str) -> str:
     """Return the name of a buffer in the module, for its name in the state dict."""
     return name.replace(".pre_x2", ".buffer_x2").replace(".pre_gz", ".buffer_gz")
 
@@ -38,10 +40,10 @@ def _buffer_name(name):
 def restore_rank_states(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Load this rank's buffers from a checkpoint; a warning where it has none of this rank."""
     ranks, rank = comm.get_world_size(), comm.get_rank()
-    states = checkpoint.get(KEY)
-    states = states.get("buffers") if isinstance(states, Mapping) else None
+    entry = checkpoint.get(KEY)
+    states = entry.get("buffers") if isinstance(entry, Mapping) else None
     count = len(states) if isinstance(states, list) else 1
-    if count == ranks > 1:
+    if states and count == ranks > 1:
         model.load_state_dict(states[rank], strict=False)
     elif count != ranks and rank == 0:
         _logger.warning(
@@ -61,7 +63,7 @@ class KeepRankStates(HookBase):
         period: of the checkpoints, in iterations.
     """
 
-    def __init__(self, model: nn.Module, checkpointer: Any, period: int):
+    def __init__(self, model: nn.Module, checkpointer: SafeCheckpointer, period: int) -> None:
         self.model, self.checkpointer, self.period = model, checkpointer, period
 
     def after_step(self) -> None:

@@ -2,10 +2,13 @@
 
 import itertools
 import logging
+from collections.abc import Iterable
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from ...layers import MABN2d
 from ...surgery.recalibrate import update_mabn_stats
@@ -25,11 +28,13 @@ class RecalibrateMABN(HookBase):
         num_iters: the number of batches.
     """
 
-    def __init__(self, period, model, data_loader, num_iters):
+    def __init__(
+        self, period: int, model: nn.Module, data_loader: Iterable[Any], num_iters: int
+    ) -> None:
         self.period, self.model = period, model
         self.data_loader, self.num_iters = data_loader, num_iters
 
-    def after_step(self):
+    def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period > 0 and done % self.period == 0):
             _logger.info(f"recalibrating MABN on {self.num_iters} batches")
@@ -40,7 +45,7 @@ class RecalibrateMABN(HookBase):
 CONVERTED_IMAGES = 32  # what the paper's window spans; each has thousands of pixels
 
 
-def recalibrate_converted(model, data_loader):
+def recalibrate_converted(model: nn.Module, data_loader: Iterable[Any]) -> None:
     """Set running_var of all MABN layers, frozen ones too, after weights were converted.
 
     Args:

@@ -1,9 +1,12 @@
 """Running variances, averaged over the ranks."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import nn
 
 from ...layers import MABN2d
 
@@ -18,17 +21,18 @@ class SyncStatistics(HookBase):
         periods: iterations, 0 for none; those of evaluation and checkpoints.
     """
 
-    def __init__(self, model, periods):
+    def __init__(self, model: nn.Module, periods: Iterable[int]) -> None:
         self.buffers = [m.running_var for m in model.modules() if isinstance(m, MABN2d)]
         self.periods = [period for period in periods if period > 0]
 
-    def after_step(self):
+    def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done >= self.trainer.max_iter or any(done % period == 0 for period in self.periods):
             self.average()
 
     @torch.no_grad()
-    def average(self):
+    def average(self) -> None:
+        """Average them now; all ranks must call it."""
         if comm.get_world_size() == 1 or not self.buffers:
             return
         flat = torch.cat(self.buffers)  # one message instead of one a layer
