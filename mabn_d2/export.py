@@ -111,6 +111,7 @@ class DenseOutputs(nn.Module):
         self.model = detector.model
 
     def forward(self, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(3, H, W) -> scores and box offsets of each level."""
         images = self.model.preprocess_image([{"image": image}])
         features = self.model.backbone(images.tensor)
         if isinstance(self.model, GeneralizedRCNN):

@@ -79,6 +79,7 @@ class CheckedDataset:
         self.load, self.file, self.records = load, file, records
 
     def __call__(self) -> list[dict]:
+        """Return the records of the dataset, in Detectron2's format."""
         if self.records is not None:
             records, self.records = self.records, None
             return records

@@ -61,6 +61,7 @@ class DataRequirements:
     remedies: tuple[tuple[str, str], ...]
 
     def remedy(self, name: str) -> str:
+        """Return what to do about `name`, one of the names in `remedies`."""
         return dict(self.remedies)[name]
 
     @classmethod

@@ -23,6 +23,7 @@ class FrozenActMixin(nn.Module):
         self.drop, self.act = drop, act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize, drop and activate x: (N, C, H, W) -> the same shape."""
         x = F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )

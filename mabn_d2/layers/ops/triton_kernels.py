@@ -27,6 +27,8 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -65,7 +67,8 @@ else:
 SIZES = ["N", "C", "HW", "B", "images", "pixels", "parts", "chunks", "slack", "groups", "m"]
 
 
-def kernel(function):
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel that is launched, once for all values of its sizes (SIZES)."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return jit(function, do_not_specialize=[name for name in SIZES if name in names])
 

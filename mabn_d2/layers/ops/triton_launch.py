@@ -151,6 +151,7 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """The name of the kernel, for messages."""
         return self.kernel.fn.__name__
 
     def ensure_grid(self, *tensors: torch.Tensor) -> None:

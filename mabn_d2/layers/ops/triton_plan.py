@@ -31,6 +31,7 @@ MAX_PLANS = 8192
 
 
 def divide_up(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
