@@ -12,6 +12,11 @@ FUZZ_SECONDS ?= 600
 # The oldest versions that pyproject.toml allows, with numpy 2.
 OLDEST := torch==2.4.1 torchvision==0.19.1 numpy>=2,<2.3
 
+# Evaluators of LVIS, COCO panoptic and Cityscapes, without what they ask for: opencv-python would
+# overwrite opencv-python-headless, and numpy 1 replace numpy 2. The extras have what they import.
+# panopticapi is on the index only as this copy.
+EVALUATORS := 'lvis>=0.5.3,<0.6' 'panopticapi-lite==0.2.0' 'cityscapesscripts>=2.2.4,<3'
+
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -140,6 +145,7 @@ $(READY): setup.py pyproject.toml tools/install_detectron2.py $(wildcard mabn_d2
 		$(PY) -m pip install --no-build-isolation $(SETUPTOOLS) '$(DETECTRON2)'
 	fi
 	$(PY) -m pip install --no-build-isolation --use-pep517 $(SETUPTOOLS) -e '.[all]'
+	$(PY) -m pip install --no-deps $(EVALUATORS)
 	touch $(READY)
 	echo "make env: $(VENV) is ready"
 

@@ -78,15 +78,24 @@ def prediction_pictures(
     )
     with inference_context(model), torch.no_grad():
         for record, inputs in zip(records, loader, strict=True):
-            instances = model(inputs)[0]["instances"].to("cpu")
+            output = model(inputs)[0]
             image = read_image(record["file_name"], "RGB")
             scale = PICTURE_SIZE / max(image.shape[:2])
-            found = instances[instances.scores >= min_score]
             rows = (
                 AnyTextVisualizer(image, metadata, scale).draw_dataset_dict(record),
-                AnyTextVisualizer(image, metadata, scale).draw_instance_predictions(found),
+                _draw_output(AnyTextVisualizer(image, metadata, scale), output, min_score),
             )
             yield np.concatenate([row.get_image() for row in rows])
+
+
+def _draw_output(visualizer: Visualizer, output: dict[str, Any], min_score: float) -> VisImage:
+    if "panoptic_seg" in output:
+        segments, info = output["panoptic_seg"]
+        return visualizer.draw_panoptic_seg(segments.to("cpu"), info)
+    if "instances" not in output:
+        return visualizer.draw_sem_seg(output["sem_seg"].argmax(dim=0).to("cpu"))
+    instances = output["instances"].to("cpu")
+    return visualizer.draw_instance_predictions(instances[instances.scores >= min_score])
 
 
 def draw_predictions(

@@ -11,7 +11,9 @@ from .coco_files import CheckedDataset, CheckedFile, registered_function
 from .coco_parsing import read_json
 from .dataset_summary import DatasetSummary, summarize_records
 from .errors import BadAnnotationError, DataError
+from .packages import install_command
 from .requirements import DataRequirements, listed, unique
+from .semantic_labels import check_labels
 
 COCO_TYPES = ("coco", "coco_panoptic_seg")  # evaluator types with a COCO instances file
 BUILTIN = ("coco_", "keypoints_coco_", "lvis_", "voc_", "cityscapes_", "ade20k_")
@@ -93,6 +95,9 @@ class DatasetReader:
             why = f": the first is left out because {found.problems[0]}" if found.problems else ""
             raise BadAnnotationError(f"{source} ({key} {name!r}) has no image{why}: add images")
         found.summary.images = len(content["images"])
+        if wanted.num_stuff_classes is not None:
+            load = CheckedDataset(function, CheckedFile(json_file, edits, content))
+            check_labels(wanted, name, key, _labels(name, key, load), evaluation)
         self.summaries[name] = found.summary
         return CheckedDataset(function, CheckedFile(json_file, edits, content))
 
@@ -112,6 +117,7 @@ class DatasetReader:
                     f"{len(classes)} thing_classes ({listed(classes)}): category_id must be in "
                     f"0..{len(classes) - 1}"
                 )
+        check_labels(self.wanted, name, key, _labels_of(records), evaluation)
         if self.wanted.skip and not evaluation:
             return  # the loader leaves missing images out and counts them
         files = [record["file_name"] for record in records if "file_name" in record]
@@ -140,6 +146,11 @@ def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]
         return function()
     except DataError:
         raise
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{key} names {name!r}, which can't be loaded without the package {error.name}: install it "
+            f"with {install_command(str(error.name))}"
+        ) from error
     except Exception as error:  # the function may be the user's, and raise anything
         reason = " ".join(str(error).split()) or "no message"
         raise DataError(
@@ -159,6 +170,22 @@ def _check_files(name: str, key: str, root: str, evaluation: bool) -> None:
             raise DataError(
                 f"{key} names {name!r}, which needs {path}, which does not exist: {_remedy(name)}"
             )
+
+
+def _labels(name: str, key: str, load: Callable[[], list[dict]]) -> list[str]:
+    """Return the pictures of labels of a dataset that Detectron2 merges from objects and labels."""
+    try:
+        return _labels_of(load())
+    except (AssertionError, KeyError) as error:
+        raise DataError(
+            f"{key} names {name!r}, whose images and labels ({MetadataCatalog.get(name).sem_seg_root}) "
+            f"don't fit ({type(error).__name__} {error}): each image needs a picture of labels of its "
+            "name, and Detectron2 finds them for .jpg images only"
+        ) from error
+
+
+def _labels_of(records: list[dict]) -> list[str]:
+    return [r["sem_seg_file_name"] for r in records if "sem_seg_file_name" in r]
 
 
 def _check_names(name: str, key: str, summary: DatasetSummary) -> None:

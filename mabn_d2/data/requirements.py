@@ -35,6 +35,7 @@ class DataRequirements:
         train, test: names of the datasets; `train.value` is None for an evaluation.
         num_classes: of the boxes.
         num_stuff_classes: of the semantic segmentation.
+        ignore_value: label of pixels that a semantic head does not learn.
         masks: whether a model with a mask head is trained.
         reads_masks: whether the loader reads masks, also without a mask head.
         mask_format: "polygon" or "bitmask".
@@ -49,6 +50,7 @@ class DataRequirements:
     test: Setting
     num_classes: Setting | None
     num_stuff_classes: Setting | None
+    ignore_value: Setting
     masks: Setting
     reads_masks: bool
     mask_format: Setting
@@ -91,6 +93,9 @@ class DataRequirements:
                 if architecture in SEMANTIC
                 else None
             ),
+            ignore_value=Setting(
+                "MODEL.SEM_SEG_HEAD.IGNORE_VALUE", model.SEM_SEG_HEAD.IGNORE_VALUE
+            ),
             masks=Setting("MODEL.MASK_ON", model.MASK_ON),
             reads_masks=model.MASK_ON,
             mask_format=Setting("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT),
@@ -132,6 +137,8 @@ class DataRequirements:
             test=Setting("dataloader.test.dataset.names", names.get("test", ())),
             num_classes=_found(cfg, key),
             num_stuff_classes=_found(cfg, "model.sem_seg_head.num_classes"),
+            ignore_value=_found(cfg, "model.sem_seg_head.ignore_value")
+            or Setting("model.sem_seg_head.ignore_value", -1),
             masks=Setting("model.roi_heads.mask_head", mask_head is not None),
             reads_masks=reads_masks,
             mask_format=Setting(mask_key, _find(cfg, mask_key) or "polygon"),

@@ -17,6 +17,7 @@ from ..config import add_mabn_config
 from ..modeling.norm_table import NORMS
 from ..safe_yaml import RefusedYAML, check_yaml, load_yaml
 from .errors import ConfigError, did_you_mean, one_line
+from .hooks.best_checkpoint import TASKS, task_of
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
@@ -237,10 +238,8 @@ def _norm_nodes(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, CfgNode]
 def _check_evaluation(cfg: CfgNode) -> None:
     """Keys of what follows from an evaluation: the best checkpoint, early stopping."""
     metric, patience = cfg.TEST.BEST_METRIC, cfg.SOLVER.EARLY_STOPPING_PATIENCE
-    tasks = ["bbox", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation"]
-    task, _, name = metric.rpartition("/")
-    task = task.rpartition("/")[2]  # several test sets put their names in front
-    if metric not in ("", "auto") and (task not in tasks or not name):
+    task, name = task_of(metric), metric.rpartition("/")[2]
+    if metric not in ("", "auto") and (task not in TASKS or not name):
         raise ConfigError(
             f'TEST.BEST_METRIC is {metric!r}: use "auto", "" or a scalar of the evaluation, such as '
             '"bbox/AP", "segm/AP50" or "validation/total_loss"'

@@ -7,8 +7,9 @@ from detectron2.config import CfgNode
 from ..data.data_check import check_names, check_requirements
 from ..data.requirements import DataRequirements
 from ..data.samplers import check_sampler
-from .errors import ConfigError
-from .evaluators import check_evaluators, check_pascal_voc
+from .errors import ConfigError, on_one_rank
+from .evaluators import check_evaluators
+from .truth_check import check_truth
 
 
 def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> None:
@@ -28,7 +29,7 @@ def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> Non
     check_datasets(cfg, train, evaluators)
     check_requirements(DataRequirements.from_cfg(cfg, train))
     if evaluators:
-        check_pascal_voc(cfg)
+        on_one_rank(lambda: check_truth(cfg))
 
 
 def check_datasets(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> None:

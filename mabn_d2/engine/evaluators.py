@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -17,8 +17,9 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from detectron2.utils import comm
 
+from ..data.packages import install_command
 from .errors import ConfigError
 
 
@@ -26,6 +27,23 @@ def _coco(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
     # The converted copy of a dataset that is no COCO file may be of another run, so it is not reused.
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas, allow_cached_coco=False)
+
+
+class _CityscapesInstanceEvaluator(CityscapesInstanceEvaluator):
+    """Leaves out the file matches.json, of all matches.
+
+    cityscapesscripts writes it into the working directory for every evaluation, and fails where numpy
+    counts in integers of its own.
+    """
+
+    def evaluate(self) -> dict[str, Any] | None:
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script
+
+        original, script.writeDict2JSON = script.writeDict2JSON, lambda content, file: None
+        try:
+            return super().evaluate()
+        finally:
+            script.writeDict2JSON = original
 
 
 def _semantic(cfg: CfgNode, name: str, folder: str) -> SemSegEvaluator:
@@ -43,7 +61,7 @@ EVALUATORS = {
     "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
     "pascal_voc": [lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)],
     "sem_seg": [_semantic],
-    "cityscapes_instance": [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
+    "cityscapes_instance": [lambda cfg, name, folder: _CityscapesInstanceEvaluator(name)],
     "cityscapes_sem_seg": [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
 }
 # Packages that some evaluators import when they are built or later.
@@ -53,14 +71,26 @@ PACKAGES = {
     "cityscapes_instance": "cityscapesscripts",
     "cityscapes_sem_seg": "cityscapesscripts",
 }
+# What the evaluators of a type compare, where it is not the objects, and the models that give it.
+OUTPUTS = {
+    "sem_seg": "semantic segmentations",
+    "cityscapes_sem_seg": "semantic segmentations",
+    "coco_panoptic_seg": "panoptic segmentations",
+}
+ARCHITECTURES = {
+    "objects": ("GeneralizedRCNN", "RetinaNet", "FCOS", "PanopticFPN"),
+    "semantic segmentations": ("SemanticSegmentor", "PanopticFPN"),
+    "panoptic segmentations": ("PanopticFPN",),
+}
+KNOWN = {name for names in ARCHITECTURES.values() for name in names}
 
 
 def check_evaluators(cfg: CfgNode) -> None:
     """Check that every dataset of DATASETS.TEST can be evaluated.
 
     Raises:
-        ConfigError: if a dataset has no `evaluator_type`, or one that is not in EVALUATORS, or if a
-            package is missing.
+        ConfigError: if a dataset has no `evaluator_type`, or one that is not in EVALUATORS, if a
+            package is missing, or if the model does not give what is evaluated.
     """
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type")
@@ -79,32 +109,30 @@ def check_evaluators(cfg: CfgNode) -> None:
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"DATASETS.TEST names {name!r}, whose evaluator needs the package {package}: install "
-                "it, or set DATASETS.TEST ()"
+                f"it with {install_command(package)}, or set DATASETS.TEST ()"
             )
+        _check_outputs(cfg, name, kind)
 
 
-def check_pascal_voc(cfg: CfgNode) -> None:
-    """Check that Detectron2's evaluator can read the XML files of the Pascal VOC sets in DATASETS.TEST.
-
-    It needs more of each object than the training does: pose, truncated, difficult and whole pixels.
-
-    Raises:
-        ConfigError: if it can't.
-    """
-    for name in cfg.DATASETS.TEST:
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type") != "pascal_voc":
-            continue
-        folder, images = Path(metadata.dirname), f"ImageSets/Main/{metadata.split}.txt"
-        for image in (folder / images).read_text().split():
-            file = folder / "Annotations" / f"{image}.xml"
-            try:
-                parse_rec(str(file))  # the evaluator uses the result again
-            except (AttributeError, ValueError) as error:
-                raise ConfigError(
-                    f"DATASETS.TEST names {name!r}, but {file} can't be evaluated ({error}): each "
-                    "object needs pose, truncated, difficult and bndbox in whole pixels"
-                ) from error
+def _check_outputs(cfg: CfgNode, name: str, kind: str) -> None:
+    """The model gives what the evaluators of a dataset compare; a user's own model is not known."""
+    model = cfg.MODEL.META_ARCHITECTURE
+    output = OUTPUTS.get(kind, "objects")
+    if model in KNOWN and model not in ARCHITECTURES[output]:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is {model!r}, but DATASETS.TEST names {name!r}, whose evaluator "
+            f"({kind}) compares {output}: use {' or '.join(ARCHITECTURES[output])}, or another dataset"
+        )
+    if kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
+        raise ConfigError(
+            f"MODEL.MASK_ON is False, but DATASETS.TEST names {name!r}, whose evaluator ({kind}) "
+            "compares masks: set MODEL.MASK_ON True"
+        )
+    if kind.startswith("cityscapes") and comm.get_local_size() != comm.get_world_size():
+        raise ConfigError(
+            f"DATASETS.TEST names {name!r}, whose evaluator ({kind}) does not work on several machines "
+            "(--num-machines): train on one, or set DATASETS.TEST () and evaluate afterwards"
+        )
 
 
 def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:

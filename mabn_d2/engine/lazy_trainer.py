@@ -33,6 +33,7 @@ from .lazy_config import (
     log_or_refuse_changes,
 )
 from .log import share_log
+from .numpy_2 import evaluators_on_numpy_2
 from .resume import log_changes, warn_if_finished
 
 
@@ -50,7 +51,8 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     if "evaluator" not in cfg.dataloader:
         return {}
     loader = guard_workers(instantiate(cfg.dataloader.test))
-    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    with evaluators_on_numpy_2():
+        results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     print_csv_format(results)
     return results
 

@@ -46,6 +46,7 @@ from .hooks.rank_states import restore_rank_states
 from .hooks.recalibrate import recalibrate_converted
 from .log import share_log
 from .model_check import build_errors
+from .numpy_2 import evaluators_on_numpy_2
 from .own_data import with_folder
 from .resume import check_same_run, follow_schedule, log_changes, warn_if_finished
 from .schedule import finalize_schedule, log_schedule
@@ -215,7 +216,8 @@ class Trainer(DefaultTrainer):
         Returns:
             The results of DefaultTrainer.test, and those with augmentation as {task}_TTA.
         """
-        results = super().test(cfg, model, evaluators)
+        with evaluators_on_numpy_2():
+            results = super().test(cfg, model, evaluators)
         if not cfg.TEST.AUG.ENABLED:
             return results
         _logger.info("Evaluating with test-time augmentation (TEST.AUG.ENABLED)")
@@ -223,7 +225,8 @@ class Trainer(DefaultTrainer):
         augmented_cfg.defrost()
         augmented_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "test_time_augmentation")
         was_training = model.training
-        augmented = super().test(augmented_cfg, GeneralizedRCNNWithTTA(cfg, model))
+        with evaluators_on_numpy_2():
+            augmented = super().test(augmented_cfg, GeneralizedRCNNWithTTA(cfg, model))
         model.train(was_training)  # the wrapper is in training mode, and is set back to it
         several = len(cfg.DATASETS.TEST) > 1
         for name in cfg.DATASETS.TEST if several else [None]:

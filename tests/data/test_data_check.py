@@ -504,7 +504,7 @@ def test_evaluators(cfg, data, tmp_path):
         for kind, expected in (
             (None, "has no evaluator_type: set it with"),
             ("imagenet", "evaluator_type is 'imagenet': use one of coco, .*, lvis, pascal_voc"),
-            ("cityscapes_sem_seg", "needs the package cityscapesscripts: install it"),
+            ("cityscapes_sem_seg", "whose evaluator .cityscapes_sem_seg. compares semantic"),
         ):
             metadata = MetadataCatalog.get(names["val"])
             if kind is None:

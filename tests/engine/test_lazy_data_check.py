@@ -51,8 +51,12 @@ def test_masks_and_classes(data, tmp_path):
     with registered(tmp_path, data) as names:
         cfg = lazy("mask_rcnn_fpn", names)
         cfg.model.roi_heads.num_classes = 3
-        cfg.model.sem_seg_head = {"num_classes": 54}
         check_lazy_data(cfg)
+        cfg.model.sem_seg_head = {"num_classes": 54}
+        with pytest.raises(
+            DataError, match="has no semantic labels .*model.sem_seg_head.num_classes"
+        ):
+            check_lazy_data(cfg)
     for annotation in data["train"]["annotations"]:
         annotation["segmentation"] = rle(annotation["bbox"])
     with registered(tmp_path, data) as names:

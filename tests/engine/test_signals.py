@@ -1,12 +1,15 @@
 """SIGTERM and SIGINT to real processes: the iteration ends, a checkpoint is written."""
 
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
 
 from commands import CONFIG, SMALL, assert_ended, start
+from mabn_d2.engine.hooks import StopOnSignal
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,30 @@ def test_signal_writes_a_checkpoint(tmp_path, number, whole_group, processes):
     state = torch.load(tmp_path / f"model_{iteration:07d}.pth", weights_only=False)
     assert 19 <= state["iteration"] == iteration < 200
     assert_ended(process.pid)
+
+
+def say_and_wait(started):
+    started.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_forked_children_end(number):
+    """A pool that a dataset or an evaluator uses ends its processes by SIGTERM."""
+    hook = StopOnSignal(None)
+    hook.before_train()
+    try:
+        fork = multiprocessing.get_context("fork")
+        started = fork.Event()
+        child = fork.Process(target=say_and_wait, args=(started,))
+        child.start()
+        assert started.wait(60)  # Python forgets signals that come in the middle of a fork
+        os.kill(child.pid, number)
+        child.join(20)
+        # Python's own handler of SIGINT raises KeyboardInterrupt.
+        assert child.exitcode == (-number if number == signal.SIGTERM else 1)
+        assert not hook.received
+    finally:
+        if child.is_alive():
+            child.kill()
+        hook.after_train()

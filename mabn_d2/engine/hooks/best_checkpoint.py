@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -14,6 +15,14 @@ from ...checkpoint import SafeCheckpointer
 from ...checkpoint.io import atomic_file
 
 NAME = "model_best"
+TASKS = ("bbox", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation")
+
+# What TEST.BEST_METRIC "auto" is for some types of evaluators.
+AUTO = {
+    "coco_panoptic_seg": "panoptic_seg/PQ",
+    "sem_seg": "sem_seg/mIoU",
+    "cityscapes_sem_seg": "sem_seg/IoU",
+}
 
 
 class Best(NamedTuple):
@@ -86,7 +95,8 @@ class BestCheckpoint(HookBase):
         self.best = self.best._replace(evaluated=done)
         logger = logging.getLogger(__name__)
         if value is None:
-            known = sorted(name for name in latest if "/AP" in name or "/total_loss" in name)
+            # Not those of each class.
+            known = sorted(n for n in latest if task_of(n) in TASKS and "-" not in n)
             logger.warning(
                 f"the evaluation gives no {metric} (TEST.BEST_METRIC): it has {', '.join(known)}"
             )
@@ -106,10 +116,16 @@ class BestCheckpoint(HookBase):
                 file.write(json.dumps(self.best._asdict()).encode())
 
 
+def task_of(metric: str) -> str:
+    """Return the task of a scalar; several test sets put their names in front of it."""
+    return metric.rpartition("/")[0].rpartition("/")[2]
+
+
 def best_metric(cfg: CfgNode) -> str:
     """Return the scalar that TEST.BEST_METRIC chooses; "" if there is none, or no evaluation."""
     metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
     if not names or metric != "auto":
         return metric if names else ""
     several = f"{names[0]}/" if len(names) > 1 else ""
-    return f"{several}{'segm' if cfg.MODEL.MASK_ON else 'bbox'}/AP"
+    kind = MetadataCatalog.get(names[0]).get("evaluator_type")
+    return several + AUTO.get(kind, "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP")

@@ -36,6 +36,7 @@ class StopOnSignal(HookBase):
         self.checkpointer, self.rank_states = checkpointer, rank_states
         self.received = 0
         self._before: dict[int, Any] = {}  # signal -> its handler
+        self._process = os.getpid()
 
     def before_train(self) -> None:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
@@ -49,7 +50,10 @@ class StopOnSignal(HookBase):
             signal.signal(*self._before.popitem())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
+        if os.getpid() != self._process:  # a child that was forked from this one, such as a pool's
+            self._restore()
+            os.kill(os.getpid(), number)
+        elif not self.received:
             self.received, self._time = number, time.monotonic()
         elif time.monotonic() - self._time > self.SAME:
             self._restore()
