@@ -35,13 +35,16 @@ _NOT_LOGGED = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WO
 _logger = logging.getLogger(__name__)
 
 
-def check_output_folder(folder: str, resume: bool, key: str) -> bool:
+def check_output_folder(
+    folder: str, resume: bool, key: str, remedy: str = "add --resume to go on with it"
+) -> bool:
     """Check that a folder can be written to, without creating it, and holds no other run.
 
     Args:
         folder: where a run writes.
         resume: go on with a run that is there.
         key: what the config calls the folder.
+        remedy: how to go on with a run that is there.
     Returns:
         Whether there is a run to go on with.
     Raises:
@@ -59,8 +62,7 @@ def check_output_folder(folder: str, resume: bool, key: str) -> bool:
     holds_run = PathManager.isfile(f"{folder}/last_checkpoint")
     if holds_run and not resume:
         raise ConfigError(
-            f"{key} {folder!r} holds the checkpoints of a run: add --resume to go on with it, or name "
-            "another folder"
+            f"{key} {folder!r} holds the checkpoints of a run: {remedy}, or name another folder"
         )
     return holds_run
 

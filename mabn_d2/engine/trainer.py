@@ -27,6 +27,7 @@ from ..modeling.norm_table import norm_settings
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
 from .data_check import check_data
+from .errors import on_one_rank
 from .evaluators import build_evaluator
 from .guarded_trainer import GuardedDDP, GuardedTrainer
 from .hooks import (
@@ -48,7 +49,13 @@ from .log import share_log
 from .model_check import build_errors
 from .numpy_2 import evaluators_on_numpy_2
 from .own_data import with_folder
-from .resume import check_same_run, follow_schedule, log_changes, warn_if_finished
+from .resume import (
+    check_output_folder,
+    check_same_run,
+    follow_schedule,
+    log_changes,
+    warn_if_finished,
+)
 from .schedule import finalize_schedule, log_schedule
 from .validation_loss import build_validation_loader, validation_losses
 from .value_check import check_values
@@ -107,10 +114,22 @@ class Trainer(DefaultTrainer):
         )
         self.checkpointer.description = describe(cfg)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self._output_is_ours = False
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
+        """As DefaultTrainer's, but nothing of another run is overwritten or mixed with this one.
+
+        Raises:
+            ConfigError: if `resume` is False and OUTPUT_DIR holds the checkpoints of another run, or if
+                it is True and that run had other settings that can't change.
+        """
+        if not (resume or self._output_is_ours):
+            remedy = "call resume_or_load(resume=True) to go on with it"
+            folder = self.cfg.OUTPUT_DIR
+            on_one_rank(lambda: check_output_folder(folder, False, "OUTPUT_DIR", remedy))
+        self._output_is_ours = True
         self.checkpointer.before_resume = self._check_same_run
         super().resume_or_load(resume)
         if self.start_iter > 0:
@@ -250,6 +269,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict[str, Any] | None:
         """Train to the end, or to where early stopping ends it; see DefaultTrainer.train."""
+        self._output_is_ours = True
         try:
             return super().train()
         except TrainingStopped:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +243,33 @@ def test_output_folder_of_another_run(digits_cfg, tmp_path):
     with pytest.raises(ConfigError, match="can't be written to"):
         check_config(digits_cfg)
     assert (folder / "model_final.pth").read_bytes() == saved
+
+
+@pytest.mark.parametrize("iterations", [1, 2], ids=["unfinished", "finished"])
+def test_a_script_keeps_another_run(digits_cfg, iterations):
+    """`Trainer.resume_or_load(resume=False)` refuses the folder of another run, and only of another."""
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.SOLVER.MAX_ITER, digits_cfg.SOLVER.CHECKPOINT_PERIOD = 2, 1
+    first = Trainer(digits_cfg)
+    first.resume_or_load(resume=False)
+    first.max_iter = iterations
+    first.train()
+    first.resume_or_load(resume=False)  # its own folder
+    folder = Path(digits_cfg.OUTPUT_DIR)
+    saved = {path.name: path.read_bytes() for path in folder.iterdir()}
+    second = Trainer(digits_cfg)
+    with pytest.raises(ConfigError) as error:
+        second.resume_or_load(resume=False)
+    assert str(error.value) == (
+        f"OUTPUT_DIR {str(folder)!r} holds the checkpoints of a run: call resume_or_load(resume=True) to "
+        "go on with it, or name another folder"
+    )
+    assert saved == {path.name: path.read_bytes() for path in folder.iterdir()}
+    second.resume_or_load(resume=True)
+    assert second.start_iter == iterations
+    second.resume_or_load(resume=False)  # it is this run's folder now
+    digits_cfg.OUTPUT_DIR += "/another"
+    Trainer(digits_cfg).resume_or_load(resume=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
