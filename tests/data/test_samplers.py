@@ -1,8 +1,11 @@
 """Detectron2's training samplers: what they draw, and that a resumed run draws the same."""
 
+import json
+
 import pytest
 from detectron2.data import DatasetCatalog
 
+from commands import run_support
 from mabn_d2.data import DataError
 from mabn_d2.data.loader import build_train_loader
 
@@ -65,3 +68,21 @@ def test_weights_of_sets_and_classes(two_sets):
     two_sets.DATASETS.TRAIN_REPEAT_FACTOR = [["first_half", 2.0]]
     drawn = indices(two_sets, 36)
     assert [drawn.count(i) for i in range(24)] == [2] * 12 + [1] * 12
+
+
+def test_two_processes(two_sets, tmp_path):
+    """Together they draw what one process draws, and train on it."""
+    names = [f"{name}TrainingSampler" for name in ("", "RandomSubset", "Weighted", "RepeatFactor")]
+    done = run_support("sampler_ranks.py", tmp_path, *names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["iterations"] for rank in ranks] == [2, 2]
+    two_sets.DATALOADER.RANDOM_SUBSET_RATIO = two_sets.DATALOADER.REPEAT_THRESHOLD = 0.5
+    two_sets.DATASETS.TRAIN_REPEAT_FACTOR = [["second_half", 3.0]]
+    for name in names:
+        two_sets.DATALOADER.SAMPLER_TRAIN = name
+        of_ranks = [rank["drawn"][name] for rank in ranks]
+        together = [index for pair in zip(*of_ranks, strict=True) for index in pair]
+        assert together == indices(two_sets, len(together)), name
+    weighted = [i for rank in ranks for i in rank["drawn"]["WeightedTrainingSampler"]]
+    assert [weighted.count(i) for i in range(24)] == [1] * 12 + [3] * 12  # an epoch

@@ -16,6 +16,7 @@ from PIL import Image
 
 import other_datasets
 from coco_datasets import CLASSES, SIZE, make_dataset, read_rectangles
+from commands import lines, run_support
 from mabn_d2.data import DataError
 from mabn_d2.engine import ConfigError, Trainer, check_data
 from mabn_d2.engine.numpy_2 import evaluators_on_numpy_2
@@ -391,3 +392,19 @@ def test_semantic_labels_that_contradict(name, cfg, tmp_path):
         with pytest.raises(DataError, match=expected) as error:
             Trainer(cfg)
         assert "\n" not in str(error.value) and not Path(cfg.OUTPUT_DIR).exists()
+
+
+@pytest.mark.parametrize("stuff_classes", [3, 54])
+def test_two_processes_and_semantic_labels(stuff_classes, tmp_path):
+    """They train and evaluate together; a contradiction is said once."""
+    other_datasets.write_panoptic(tmp_path)
+    done = run_support("panoptic_ranks.py", tmp_path, stuff_classes)
+    if stuff_classes == 54:
+        assert done.returncode == 1 and not (tmp_path / "output").exists()
+        (line,) = [line for line in lines(done.stderr) if "SEM_SEG_HEAD.NUM_CLASSES is 54" in line]
+        assert line.startswith("panoptic_ranks.py: ") and "has 3 stuff_classes" in line
+        assert "Traceback" not in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.keys() == {"bbox", "segm", "sem_seg", "panoptic_seg"}

@@ -46,6 +46,19 @@ def start(tool, *arguments, stderr=subprocess.STDOUT, **options):
     )  # fmt: skip
 
 
+def run_support(script, *arguments):
+    """Run a script of tests/support, which may start processes of its own."""
+    support = ROOT / "tests/support"
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{support}",
+        "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, support / script, *map(str, arguments)], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
 def run(tool, *arguments):
     """Run a tool to its end."""
     process = start(tool, *arguments, stderr=subprocess.PIPE)

@@ -14,6 +14,7 @@ from PIL import Image
 from coco_datasets import CLASSES, SIZE, make_dataset
 
 STUFF = {92: "sky", 93: "ground"}  # ids of the panoptic categories; half of the image each
+STUFF_NUMBERS = {id: number for number, id in enumerate(STUFF, start=1)}  # of the model's classes
 VEHICLES = ["car", "person", "bicycle"]  # of Cityscapes, for the classes of the rectangles
 CITY = "town"
 
@@ -56,16 +57,8 @@ def lvis(folder):
         yield names
 
 
-@contextmanager
-def panoptic(folder):
-    """Write COCO panoptic files; yield {task: names}, of the tasks "separated" and "stuffonly"."""
-    stuff = {id: number for number, id in enumerate(STUFF, start=1)}
-    metadata = {
-        "thing_classes": CLASSES,
-        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(CLASSES))},
-        "stuff_classes": ["things", *STUFF.values()],
-        "stuff_dataset_id_to_contiguous_id": {0: 0, **stuff},
-    }
+def write_panoptic(folder):
+    """Write COCO panoptic files."""
     categories = [{"id": i + 1, "name": name, "isthing": 1} for i, name in enumerate(CLASSES)] + [
         {"id": id, "name": name, "isthing": 0} for id, name in STUFF.items()
     ]
@@ -79,7 +72,7 @@ def panoptic(folder):
             image["file_name"] = f"{stem}.jpg"
             segments = np.empty((SIZE, SIZE), np.uint32)
             segments[: SIZE // 2], segments[SIZE // 2 :] = STUFF
-            semantic = np.vectorize(stuff.get)(segments).astype(np.uint8)
+            semantic = np.vectorize(STUFF_NUMBERS.get)(segments).astype(np.uint8)
             category_of = {id: id for id in STUFF}
             for number, (category, x, y, w, h) in enumerate(_boxes(content, image)):
                 segments[y : y + h, x : x + w] = 1000 + number
@@ -100,6 +93,24 @@ def panoptic(folder):
             "images": content["images"], "annotations": annotations, "categories": categories,
         }  # fmt: skip
         (folder / f"panoptic_{split}.json").write_text(json.dumps(panoptic_file))
+
+
+@contextmanager
+def panoptic(folder, write=True):
+    """Write COCO panoptic files, or use those that are there.
+
+    Yields:
+        {task: names}, of the tasks "separated" and "stuffonly".
+    """
+    if write:
+        write_panoptic(folder)
+    metadata = {
+        "thing_classes": CLASSES,
+        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(CLASSES))},
+        "stuff_classes": ["things", *STUFF.values()],
+        "stuff_dataset_id_to_contiguous_id": {0: 0, **STUFF_NUMBERS},
+    }
+    for split in ("train", "val"):
         register_coco_panoptic_separated(
             f"rectangles_{split}", metadata, f"{folder}/{split}", f"{folder}/panoptic_{split}",
             f"{folder}/panoptic_{split}.json", f"{folder}/semantic_{split}", f"{folder}/{split}.json",
