@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def printable(text: str) -> str:
 def prediction_pictures(
     cfg: CfgNode, model: nn.Module, num_images: int = 6, min_score: float = 0.5
 ) -> Iterator[np.ndarray]:
-    """Yield pictures of the first images of DATASETS.TEST[0]: truth above, predictions below.
+    """Return pictures of the first images of DATASETS.TEST[0]: truth above, predictions below.
 
     Args:
         model: its mode is restored.
@@ -70,12 +70,21 @@ def prediction_pictures(
     Yields:
         (H, W, 3) uint8, RGB.
     """
-    dataset = cfg.DATASETS.TEST[0]
+    mapper = DatasetMapper(cfg, False)
+    return pictures_of_dataset(cfg.DATASETS.TEST[0], mapper, model, num_images, min_score)
+
+
+def pictures_of_dataset(
+    dataset: str,
+    mapper: Callable[[dict], dict],
+    model: nn.Module,
+    num_images: int,
+    min_score: float = 0.5,
+) -> Iterator[np.ndarray]:
+    """As `prediction_pictures`, for a dataset and a mapper of evaluation."""
     metadata = MetadataCatalog.get(dataset)
     records = DatasetCatalog.get(dataset)[:num_images]
-    loader = build_detection_test_loader(
-        records, mapper=DatasetMapper(cfg, False), sampler=range(len(records))
-    )
+    loader = build_detection_test_loader(records, mapper=mapper, sampler=range(len(records)))
     with inference_context(model), torch.no_grad():
         for record, inputs in zip(records, loader, strict=True):
             output = model(inputs)[0]

@@ -9,6 +9,15 @@ Beside Detectron2's keys, `train` may have those of the norms and of the hook th
     train.statistics = dict(period=20)                        # of LogStatistics
     train.accumulation_steps = 8                              # of GuardedTrainer
     train.convert_weights = True                              # BatchNorm in init_checkpoint -> MABN
+    train.bad_input = "skip"                                  # as DATALOADER.BAD_INPUT
+    train.seed = 0                                            # a resumed run equals a straight one (CPU)
+
+and those of what follows from an evaluation, every `train.eval_period` iterations:
+
+    train.validation_loss = True                              # losses on the test images
+    train.best_metric = "auto"                                # model_best.pth; or "bbox/AP50", ...
+    train.early_stopping_patience = 5                         # evaluations without a better value
+    train.pictures = 4                                        # predictions in TensorBoard
 
 With `train.accumulation_steps` n the images of one iteration (`dataloader.train.total_batch_size`)
 are divided into n micro-batches on each process. The schedules in `train.mabn` and `train.brn` stay in

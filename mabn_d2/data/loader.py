@@ -5,7 +5,7 @@ a run resumes. Here the images of iteration i on a rank are the same whether the
 whatever the number of loader workers, so that a resumed run can equal the straight one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from detectron2.config import CfgNode
@@ -101,23 +101,66 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     sets = load_records(cfg)
     sampler = build_sampler(cfg, sets, seed)
     records = [record for _, part in sets for record in part]
+    return seeded_loader(
+        records,
+        NamingMapper(mapper or DatasetMapper(cfg, True), repair_or("DATALOADER.BAD_INPUT")),
+        sampler,
+        seed,
+        images=cfg.SOLVER.IMS_PER_BATCH // micro_batches,
+        accumulation_steps=steps,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        skip_bad=cfg.DATALOADER.get("BAD_INPUT") == "skip",
+    )
+
+
+def repair_or(key: str) -> str:
+    """Return the remedy for a bad image; `key` is what the config calls BAD_INPUT."""
+    return f'repair or remove the image, or set {key} to "skip"'
+
+
+def seeded_loader(
+    records: list[dict],
+    mapper: NamingMapper,
+    sampler: Iterable[int],
+    seed: int,
+    *,
+    images: int,
+    accumulation_steps: int,
+    aspect_ratio_grouping: bool,
+    num_workers: int,
+    skip_bad: bool,
+    start: int = 0,
+) -> DataLoader:
+    """Build a loader whose batches depend on the seed and the iteration alone.
+
+    Args:
+        records: of all training sets.
+        mapper: raises BadImageError for a record that can't be used.
+        sampler: a sampler of Detectron2's, of indices into the records.
+        seed: of the augmentations; the same on all ranks.
+        images: in one micro-batch.
+        accumulation_steps: micro-batches in one batch.
+        aspect_ratio_grouping, num_workers: as in Detectron2's loader.
+        skip_bad: take the next record in the place of one that can't be used.
+        start: the iteration that it begins with.
+
+    Returns:
+        As `build_train_loader`.
+    """
     batches = TrainingBatches(
         [(record.get("width", 1), record.get("height", 1)) for record in records],
         sampler,
-        cfg.SOLVER.IMS_PER_BATCH // micro_batches,
-        cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        images,
+        aspect_ratio_grouping,
         seed,
-        steps,
+        accumulation_steps,
     )
-    remedy = 'repair or remove the image, or set DATALOADER.BAD_INPUT to "skip"'
+    batches.start = start
     return DataLoader(
-        SeededDataset(
-            DatasetFromList(records, copy=False),
-            NamingMapper(mapper or DatasetMapper(cfg, True), remedy),
-            skip_bad=cfg.DATALOADER.get("BAD_INPUT") == "skip",
-        ),
+        SeededDataset(DatasetFromList(records, copy=False), mapper, skip_bad=skip_bad),
         batch_sampler=batches,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         worker_init_fn=end_with_parent,
         # Its own, for the workers' seeds: starting them must not draw from the model's.

@@ -145,7 +145,7 @@ class DataRequirements:
             keypoints=Setting("model.roi_heads.keypoint_head", keypoint_head is not None),
             num_keypoints=_found(cfg, "model.roi_heads.keypoint_head.num_keypoints"),
             num_sigmas=None,
-            skip=False,
+            skip=_find(cfg, "train.bad_input") == "skip",
             proposals=(),
             filter_empty=Setting(
                 "dataloader.train.dataset.filter_empty",

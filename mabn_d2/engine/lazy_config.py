@@ -14,9 +14,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
+from ..data.requirements import DataRequirements
 from ..safe_yaml import load_as_data
 from .errors import ConfigError, did_you_mean, one_line
+from .hooks.best_checkpoint import TASKS, task_of
 from .launch import count_processes
+from .lazy_data import can_be_seeded, is_dataset_mapper
 from .model_check import build_errors, check_weights, quiet
 from .resume import check_output_folder, differences
 
@@ -24,7 +27,8 @@ from .resume import check_output_folder, differences
 TRAIN_KEYS = {
     "output_dir", "init_checkpoint", "max_iter", "amp", "ddp", "checkpointer", "eval_period",
     "log_period", "device", "seed", "cudnn_benchmark",
-    "mabn", "brn", "statistics", "accumulation_steps", "convert_weights",
+    "mabn", "brn", "statistics", "accumulation_steps", "convert_weights", "bad_input",
+    "validation_loss", "best_metric", "early_stopping_patience", "pictures",
 }  # fmt: skip
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 _AT_LEAST = {"max_iter": 1, "log_period": 1, "eval_period": 0}
@@ -72,6 +76,9 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
     train = not args.eval_only
     _check_train(cfg.train)
     accumulation_steps(cfg, count_processes(args))
+    if train:
+        _check_data_keys(cfg)
+        _check_evaluation(cfg)
     folder = cfg.train.output_dir
     if train:
         resumes = check_output_folder(folder, args.resume, "train.output_dir")
@@ -117,6 +124,73 @@ def _check_train(train: DictConfig) -> None:
         raise ConfigError(
             f'train.device is {train.device!r}, which torch does not know: use "cuda" or "cpu"'
         ) from error
+
+
+def _check_data_keys(cfg: DictConfig) -> None:
+    policy = cfg.train.get("bad_input", "stop")
+    if policy not in ("stop", "skip"):
+        raise ConfigError(f'train.bad_input is {policy!r}: use "stop" or "skip"')
+    if policy == "skip" and not can_be_seeded(cfg.dataloader.train):
+        raise ConfigError(
+            "train.bad_input is 'skip', but dataloader.train is not Detectron2's "
+            "build_detection_train_loader with its own samplers: take train.bad_input out"
+        )
+
+
+def best_metric(cfg: DictConfig) -> str:
+    """Return train.best_metric; for "auto", the AP of masks, or of boxes for a model without."""
+    metric = cfg.train.get("best_metric") or ""
+    if metric != "auto":
+        return metric
+    masks = DataRequirements.from_lazy(cfg).masks.value
+    return "segm/AP" if masks else "bbox/AP"
+
+
+def _check_evaluation(cfg: DictConfig) -> None:
+    """Keys of what follows from an evaluation."""
+    train, data = cfg.train, cfg.dataloader
+    for key in ("early_stopping_patience", "pictures"):
+        value = train.get(key, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"train.{key} is {value!r}: give a whole number, 0 for none")
+    losses = train.get("validation_loss", False)
+    if not isinstance(losses, bool):
+        raise ConfigError(f"train.validation_loss is {losses!r}: use True or False")
+    metric, name = best_metric(cfg), train.get("best_metric")
+    task = task_of(metric)
+    if not isinstance(metric, str) or (metric and task not in TASKS):
+        raise ConfigError(
+            f'train.best_metric is {metric!r}: use "auto", "" or a scalar of the evaluation, such as '
+            '"bbox/AP", "segm/AP50" or "validation/total_loss"'
+        )
+    if task == "validation" and not losses:
+        raise ConfigError(f"train.best_metric is {name!r}, which needs train.validation_loss True")
+    if metric and task != "validation" and "evaluator" not in data:
+        raise ConfigError(
+            f"train.best_metric is {name!r}, which needs dataloader.evaluator: set it"
+        )
+    if task == "segm" and not DataRequirements.from_lazy(cfg).masks.value:
+        raise ConfigError(
+            f"train.best_metric is {name!r}, but the model has no mask_head: use bbox/AP"
+        )
+    patience = train.get("early_stopping_patience", 0)
+    if patience > 0 and not (metric and train.eval_period > 0):
+        raise ConfigError(
+            f"train.early_stopping_patience is {patience}, which needs train.best_metric and "
+            f'train.eval_period, which are {name!r} and {train.eval_period}: set them, such as "auto"'
+        )
+    if losses:
+        for part in ("train", "test"):
+            if not is_dataset_mapper(data[part].get("mapper") if part in data else None):
+                raise ConfigError(
+                    f"train.validation_loss is True, which needs a DatasetMapper as dataloader.{part}."
+                    "mapper: use one, or set it False"
+                )
+    if train.get("pictures", 0) and not DataRequirements.from_lazy(cfg).test.value:
+        raise ConfigError(
+            f"train.pictures is {train.pictures}, but dataloader.test.dataset.names or "
+            "dataloader.evaluator is missing: set them, or train.pictures 0"
+        )
 
 
 def accumulation_steps(cfg: DictConfig, processes: int | None = None) -> int:

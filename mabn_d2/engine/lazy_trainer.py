@@ -1,5 +1,6 @@
 """Training and evaluation of a model of a LazyConfig, with MABN."""
 
+import contextlib
 from argparse import Namespace
 from typing import Any
 
@@ -23,18 +24,29 @@ from ..surgery.fuse_relu import fuse_relu
 from .data_check import check_lazy_data
 from .errors import ConfigError, one_line_errors
 from .guarded_trainer import GuardedDDP, GuardedTrainer
-from .hooks import KeepRankStates, LogStatistics, StopOnSignal
+from .hooks import (
+    BestCheckpoint,
+    DrawPredictions,
+    EarlyStopping,
+    KeepRankStates,
+    LogStatistics,
+    StopOnSignal,
+    TrainingStopped,
+)
 from .hooks.rank_states import restore_rank_states
 from .hooks.recalibrate import recalibrate_converted
 from .lazy_config import (
     accumulation_steps,
+    best_metric,
     check_lazy_config,
     load_lazy_config,
     log_or_refuse_changes,
 )
+from .lazy_data import build_train_loader, build_validation_loader, pictures
 from .log import share_log
 from .numpy_2 import evaluators_on_numpy_2
 from .resume import log_changes, warn_if_finished
+from .validation_loss import validation_losses
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -79,10 +91,14 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     bare = model
     if comm.get_world_size() > 1:
         model = distribute(model, cfg.train.device, **cfg.train.ddp)
-    loader = guard_workers(instantiate(cfg.dataloader.train))
-    steps = accumulation_steps(cfg)
+    steps, seed = accumulation_steps(cfg), cfg.train.get("seed", -1)
     trainer = GuardedTrainer(
-        model, loader, optimizer, amp=cfg.train.amp.enabled, accumulation_steps=steps
+        model,
+        [],  # the loader is built when the first iteration is known
+        optimizer,
+        amp=cfg.train.amp.enabled,
+        accumulation_steps=steps,
+        seed=seed if seed >= 0 else None,
     )
     checkpointer = SafeCheckpointer(
         model,
@@ -102,9 +118,10 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         restore_rank_states(bare, checkpointer.loaded)
     checkpointer.loaded = {}
     if checkpointer.needs_recalibration:
-        apart = guard_workers(instantiate(cfg.dataloader.train))
-        recalibrate_converted(model, MicroBatches(apart, steps))
-    trainer.train(start, cfg.train.max_iter)
+        recalibrate_converted(model, MicroBatches(build_train_loader(cfg, steps), steps))
+    trainer.data_loader = build_train_loader(cfg, steps, start)
+    with contextlib.suppress(TrainingStopped):  # by early stopping, as planned
+        trainer.train(start, cfg.train.max_iter)
 
 
 def _build_hooks(
@@ -116,7 +133,7 @@ def _build_hooks(
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         rank_states,
-        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, trainer.model)),
+        *_evaluation_hooks(cfg, bare, trainer, checkpointer, rank_states),
         StopOnSignal(checkpointer, rank_states),
     ]
     if "statistics" in cfg.train:
@@ -124,12 +141,44 @@ def _build_hooks(
         chosen.insert(0, LogStatistics(bare, grad_scaler=trainer.grad_scaler, **settings))
     if main:
         evaluation = next(i for i, h in enumerate(chosen) if isinstance(h, hooks.EvalHook))
-        # The checkpoint before the evaluation, which may fail; metrics after it.
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        chosen.insert(evaluation + 1, hooks.PeriodicWriter(writers, period=cfg.train.log_period))
+        # The checkpoint before the evaluation, which may fail.
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
         chosen.insert(evaluation, checkpoints)
     return chosen
+
+
+def _evaluation_hooks(
+    cfg: DictConfig,
+    bare: nn.Module,
+    trainer: GuardedTrainer,
+    checkpointer: SafeCheckpointer,
+    rank_states: KeepRankStates,
+) -> list[HookBase]:
+    """Return the hooks of evaluation and of what follows from it; each uses those before it."""
+    settings, period, metric = cfg.train, cfg.train.eval_period, best_metric(cfg)
+    best = BestCheckpoint(period, checkpointer, metric, "train.best_metric") if metric else None
+    chosen = [hooks.EvalHook(period, lambda: _evaluate(cfg, trainer.model, bare)), best]
+    if comm.is_main_process():
+        if settings.get("pictures", 0) > 0:
+            chosen.append(DrawPredictions(pictures(cfg, bare), period))
+        writers = default_writers(settings.output_dir, settings.max_iter)
+        chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
+    patience = settings.get("early_stopping_patience", 0)
+    if best is not None and patience > 0:
+        key = "train.early_stopping_patience"
+        chosen.append(EarlyStopping(best, patience, rank_states, key))
+    return [hook for hook in chosen if hook is not None]
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module, bare: nn.Module) -> dict[str, Any]:
+    """Return the results of an evaluation while a model trains, its validation losses among them."""
+    results = evaluate(cfg, model)
+    if cfg.train.get("validation_loss", False):
+        loader = build_validation_loader(cfg)
+        losses = validation_losses(bare, loader) if loader is not None else {}
+        if losses and comm.is_main_process():  # where the other results are
+            results["validation"] = losses
+    return results
 
 
 def check(args: Namespace) -> None:

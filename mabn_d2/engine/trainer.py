@@ -26,6 +26,7 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm_table import norm_settings
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
+from ..visualization import prediction_pictures
 from .data_check import check_data
 from .errors import on_one_rank
 from .evaluators import build_evaluator
@@ -201,7 +202,12 @@ class Trainer(DefaultTrainer):
             chosen.append(BestCheckpoint(period, self.checkpointer, metric))
         if comm.is_main_process():
             if test.PICTURES > 0 and self.cfg.DATASETS.TEST:
-                chosen.append(DrawPredictions(self.cfg, self._bare_model(), period, test.PICTURES))
+                model = self._bare_model()
+                chosen.append(
+                    DrawPredictions(
+                        lambda: prediction_pictures(self.cfg, model, test.PICTURES), period
+                    )
+                )
             chosen.append(hooks.PeriodicWriter(self.build_writers(), period=20))
             chosen.append(LogSlowIterations(CommonMetricPrinter(self.max_iter)))
         if metric and self.cfg.SOLVER.EARLY_STOPPING_PATIENCE > 0:

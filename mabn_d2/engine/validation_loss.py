@@ -1,6 +1,6 @@
 """The losses of training on images that are not trained on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,14 +29,19 @@ def build_validation_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[di
         None if the dataset has no annotations.
     """
     records = get_detection_dataset_dicts(dataset_name, filter_empty=False, check_consistency=False)
-    if not any("annotations" in record or "sem_seg_file_name" in record for record in records):
-        return None
     settings = DatasetMapper.from_config(cfg, is_train=True)
     settings["augmentations"] = build_augmentation(cfg, is_train=False)
+    return validation_loader(records, DatasetMapper(**settings), cfg.DATALOADER.NUM_WORKERS)
+
+
+def validation_loader(
+    records: list[dict], mapper: Callable[[dict], dict], num_workers: int
+) -> Iterable[list[dict]] | None:
+    """As `build_validation_loader`, for records and a mapper that keeps annotations."""
+    if not any("annotations" in record or "sem_seg_file_name" in record for record in records):
+        return None
     loader = build_detection_test_loader(
-        records,
-        mapper=NamingMapper(DatasetMapper(**settings)),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        records, mapper=NamingMapper(mapper), num_workers=num_workers
     )
     return guard_workers(loader)
 

@@ -8,15 +8,18 @@ import signal
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import assert_ended, start
 from inputs import training_inputs
 from mabn_d2.engine import ConfigError, lazy_trainer
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
+from nested import flat
 from paths import ROOT
 from repository_configs import load
 
@@ -153,6 +156,84 @@ def test_launcher_accumulates_gradients(small_scenes, tmp_path):
     cfg.train.update(device="cpu", accumulation_steps=2)
     norm = lazy_trainer.build_model(cfg).backbone.bottom_up.stem.conv1.norm
     assert norm.clip_start == 2 * 100 and norm.warmup_iters == 2 * 99 + 1
+
+
+@pytest.fixture
+def launcher(small_scenes, tmp_path):
+    """Return a function that runs the launcher on the small config, and writes to tmp_path."""
+    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
+    config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
+
+    def run(*arguments):
+        command = ["--config-file", str(config), "--num-gpus", "0", *arguments]
+        return lazy_trainer.run(default_argument_parser().parse_args(command))
+
+    return run
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_resumed_run_equals_the_straight_one(steps, launcher, tmp_path):
+    """Bit for bit, on the CPU, with train.seed."""
+    options = ["train.max_iter=4", "train.eval_period=0", "train.checkpointer.period=2",
+               "+train.seed=3", f"+train.accumulation_steps={steps}"]  # fmt: skip
+    launcher(*options)
+    straight = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    # As after a kill: the last checkpoint is that of two iterations.
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    launcher("--resume", *options)
+    resumed = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    for part in ("model", "trainer"):
+        before, after = flat(straight[part]), flat(resumed[part])
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            same = torch.equal(value, after[key]) if torch.is_tensor(value) else value == after[key]
+            assert same, key
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "total_loss" in line] == [0, 1, 2, 3, 2, 3]
+
+
+def test_bad_images(launcher, tmp_path):
+    records = DatasetCatalog.get("small_scenes_train")[:3]
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no picture")
+    records[1] = {**records[1], "file_name": str(damaged)}
+    DatasetCatalog.register("damaged_scenes", lambda: records)
+    classes = MetadataCatalog.get("small_scenes_train").thing_classes
+    MetadataCatalog.get("damaged_scenes").set(thing_classes=classes)
+    options = ["dataloader.train.dataset.names=damaged_scenes", "dataloader.train.num_workers=0",
+               "train.max_iter=3", "train.eval_period=0"]  # fmt: skip
+    try:
+        with pytest.raises(
+            SystemExit, match='damaged.png can.t be used .*set train.bad_input to "skip"'
+        ):
+            launcher(*options)
+        launcher(*options, "+train.bad_input=skip")
+    finally:
+        DatasetCatalog.remove("damaged_scenes")
+        MetadataCatalog.remove("damaged_scenes")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    last = [line for line in lines if "total_loss" in line][-1]
+    assert last["iteration"] == 2 and last["bad_images"] >= 1  # one of three images
+
+
+def test_what_follows_from_an_evaluation(launcher, tmp_path):
+    """Validation loss, best checkpoint, early stopping and pictures, as of the YAML trainer."""
+    launcher(
+        "train.max_iter=6", "train.eval_period=1", "+train.validation_loss=True",
+        "+train.best_metric=auto", "+train.early_stopping_patience=2", "+train.pictures=1",
+        "model.roi_heads.box_predictor.test_score_thresh=0.0", "train.checkpointer.period=100",
+    )  # fmt: skip
+    best = json.loads((tmp_path / "model_best.json").read_text())
+    assert best["metric"] == "segm/AP"
+    state = torch.load(tmp_path / "model_best.pth", weights_only=False)
+    assert state["iteration"] + 1 == best["iterations"] and len(state["classes"]) == 10
+    last = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert last["iteration"] + 1 == min(best["iterations"] + 2, 6) == best["evaluated"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any({"validation/total_loss", "validation/loss_mask"} <= line.keys() for line in lines)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["predictions/0"]
 
 
 def test_signal_to_the_group_writes_a_checkpoint(tmp_path):

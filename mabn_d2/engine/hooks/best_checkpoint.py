@@ -55,10 +55,17 @@ class BestCheckpoint(HookBase):
         period: iterations between evaluations; 0: only after the last iteration.
         checkpointer: what saves.
         metric: a scalar of the evaluation, such as "bbox/AP". Lower is better if "loss" is in it.
+        key: what the config calls the metric, for messages.
     """
 
-    def __init__(self, period: int, checkpointer: SafeCheckpointer, metric: str):
-        self.period, self.checkpointer = period, checkpointer
+    def __init__(
+        self,
+        period: int,
+        checkpointer: SafeCheckpointer,
+        metric: str,
+        key: str = "TEST.BEST_METRIC",
+    ):
+        self.period, self.checkpointer, self.key = period, checkpointer, key
         self.lower_is_better = "loss" in metric
         self.best = Best(metric)
         self.file = Path(checkpointer.save_dir, f"{NAME}.json")
@@ -75,7 +82,7 @@ class BestCheckpoint(HookBase):
             self.best = found
         else:
             logging.getLogger(__name__).warning(
-                f"TEST.BEST_METRIC is {self.best.metric!r}, {self.file.name} is of {found.metric!r}: "
+                f"{self.key} is {self.best.metric!r}, {self.file.name} is of {found.metric!r}: "
                 "the best value so far is unknown, and the next evaluation replaces model_best.pth"
             )
 
@@ -98,7 +105,7 @@ class BestCheckpoint(HookBase):
             # Not those of each class.
             known = sorted(n for n in latest if task_of(n) in TASKS and "-" not in n)
             logger.warning(
-                f"the evaluation gives no {metric} (TEST.BEST_METRIC): it has {', '.join(known)}"
+                f"the evaluation gives no {metric} ({self.key}): it has {', '.join(known)}"
             )
         elif math.isfinite(value) and (
             best is None or (value < best if self.lower_is_better else value > best)

@@ -1,11 +1,10 @@
 """Pictures of predictions for TensorBoard."""
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.engine import HookBase
-from torch import nn
+from collections.abc import Callable, Iterable
 
-from ...visualization import prediction_pictures
+import numpy as np
+import torch
+from detectron2.engine import HookBase
 
 
 class DrawPredictions(HookBase):
@@ -14,14 +13,12 @@ class DrawPredictions(HookBase):
     They are drawn every `period` iterations and after the last one, on the main process only.
 
     Args:
-        cfg: DATASETS.TEST[0] has the images.
-        model: without DistributedDataParallel around it; its mode is restored.
+        pictures: draws them, (H, W, 3) uint8 each.
         period: iterations; 0: only after the last one.
-        num_images: number of pictures.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, period: int, num_images: int):
-        self.cfg, self.model, self.period, self.num_images = cfg, model, period, num_images
+    def __init__(self, pictures: Callable[[], Iterable[np.ndarray]], period: int) -> None:
+        self.pictures, self.period = pictures, period
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -33,7 +30,6 @@ class DrawPredictions(HookBase):
             self._draw()
 
     def _draw(self) -> None:
-        pictures = prediction_pictures(self.cfg, self.model, self.num_images)
-        for number, picture in enumerate(pictures):
+        for number, picture in enumerate(self.pictures()):
             image = torch.from_numpy(picture).permute(2, 0, 1)
             self.trainer.storage.put_image(f"predictions/{number}", image)

@@ -26,16 +26,22 @@ class EarlyStopping(HookBase):
         best: the hook that knows the best evaluation.
         patience: number of evaluations.
         rank_states: gathers what the checkpoint keeps of the other ranks.
+        key: what the config calls the patience, for messages.
     Raises:
         TrainingStopped: to end the training.
     """
 
     def __init__(
-        self, best: BestCheckpoint, patience: int, rank_states: KeepRankStates | None = None
-    ):
+        self,
+        best: BestCheckpoint,
+        patience: int,
+        rank_states: KeepRankStates | None = None,
+        key: str = "SOLVER.EARLY_STOPPING_PATIENCE",
+    ) -> None:
         if patience < 1:
             raise ValueError(f"patience must be positive, got {patience}")
         self.best, self.patience, self.rank_states = best, patience, rank_states
+        self.key = key
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
@@ -64,8 +70,7 @@ class EarlyStopping(HookBase):
         best = self.best.best
         reason = (
             f"stopped after {best.evaluated} iterations: {best.metric} has not been better than "
-            f"{best.value:.3f} (after {best.iterations}) in {self.patience} evaluations "
-            "(SOLVER.EARLY_STOPPING_PATIENCE)"
+            f"{best.value:.3f} (after {best.iterations}) in {self.patience} evaluations ({self.key})"
         )
         logging.getLogger(__name__).info(reason)
         return reason
