@@ -71,6 +71,12 @@ PACKAGES = {
     "cityscapes_instance": "cityscapesscripts",
     "cityscapes_sem_seg": "cityscapesscripts",
 }
+PACKAGES_OF_CLASSES = {
+    LVISEvaluator: "lvis",
+    COCOPanopticEvaluator: "panopticapi",
+    CityscapesInstanceEvaluator: "cityscapesscripts",
+    CityscapesSemSegEvaluator: "cityscapesscripts",
+}
 # What the evaluators of a type compare, where it is not the objects, and the models that give it.
 OUTPUTS = {
     "sem_seg": "semantic segmentations",
@@ -83,6 +89,14 @@ ARCHITECTURES = {
     "panoptic segmentations": ("PanopticFPN",),
 }
 KNOWN = {name for names in ARCHITECTURES.values() for name in names}
+
+
+def missing_package(evaluator: Any) -> str | None:
+    """Return the package that a class of evaluators needs, if it is not installed; else None."""
+    for known, package in PACKAGES_OF_CLASSES.items():
+        if isinstance(evaluator, type) and issubclass(evaluator, known):
+            return package if importlib.util.find_spec(package) is None else None
+    return None
 
 
 def check_evaluators(cfg: CfgNode) -> None:

@@ -12,14 +12,16 @@ import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
+from ..data.packages import install_command
 from ..data.requirements import DataRequirements
 from ..safe_yaml import load_as_data
 from .errors import ConfigError, did_you_mean, one_line
+from .evaluators import missing_package
 from .hooks.best_checkpoint import TASKS, task_of
 from .launch import count_processes
-from .lazy_data import can_be_seeded, is_dataset_mapper
+from .lazy_data import can_be_seeded, is_dataset_mapper, target
 from .model_check import build_errors, check_weights, quiet
 from .resume import check_output_folder, differences
 
@@ -76,6 +78,7 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
     train = not args.eval_only
     _check_train(cfg.train)
     accumulation_steps(cfg, count_processes(args))
+    _check_packages(cfg)
     if train:
         _check_data_keys(cfg)
         _check_evaluation(cfg)
@@ -124,6 +127,17 @@ def _check_train(train: DictConfig) -> None:
         raise ConfigError(
             f'train.device is {train.device!r}, which torch does not know: use "cuda" or "cpu"'
         ) from error
+
+
+def _check_packages(cfg: DictConfig) -> None:
+    """The packages of Detectron2's evaluators, which import them after the training, are there."""
+    nodes = cfg.dataloader.get("evaluator") or ()
+    for node in nodes if isinstance(nodes, ListConfig) else (nodes,):
+        if isinstance(node, DictConfig) and (package := missing_package(target(node))):
+            raise ConfigError(
+                f"dataloader.evaluator is {target(node).__name__}, which needs the package {package}: "
+                f"install it with {install_command(package)}, or use another evaluator"
+            )
 
 
 def _check_data_keys(cfg: DictConfig) -> None:

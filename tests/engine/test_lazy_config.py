@@ -1,5 +1,6 @@
 """Mistakes in a LazyConfig are one line, before anything is trained or written."""
 
+import sys
 from argparse import Namespace
 
 import pytest
@@ -49,6 +50,29 @@ def test_mistakes(config, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message) as error:
         check(arguments(config, *options))
     assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
+
+
+def test_missing_packages(config, monkeypatch):
+    """Of one evaluator, and of one in a list."""
+    text = config.read_text()
+    for package, line in (
+        ("lvis", "dataloader.evaluator = L(LVISEvaluator)(dataset_name='small_scenes_val')"),
+        (
+            "panopticapi",
+            "dataloader.evaluator = [dataloader.evaluator, L(COCOPanopticEvaluator)(dataset_name='x')]",
+        ),
+    ):
+        config.write_text(
+            f"{text}\nfrom detectron2.config import LazyCall as L\n"
+            f"from detectron2.evaluation import COCOPanopticEvaluator, LVISEvaluator\n{line}\n"
+        )
+        check(arguments(config))
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)  # as Python sees a package that is not there
+            with pytest.raises(
+                ConfigError, match=f"needs the package {package}: install it with pip"
+            ):
+                check(arguments(config))
 
 
 def test_missing_file_and_evaluation_without_weights(config, tmp_path):
