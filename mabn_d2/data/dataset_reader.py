@@ -147,9 +147,10 @@ def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]
     except DataError:
         raise
     except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
         raise DataError(
-            f"{key} names {name!r}, which can't be loaded without the package {error.name}: install it "
-            f"with {install_command(str(error.name))}"
+            f"{key} names {name!r}, which can't be loaded without the package {package}: install it "
+            f"with {install_command(package)}"
         ) from error
     except Exception as error:  # the function may be the user's, and raise anything
         reason = " ".join(str(error).split()) or "no message"

@@ -239,6 +239,14 @@ def test_missing_packages(cfg, tmp_path, monkeypatch):
         cfg.DATASETS.TEST = ()
         with pytest.raises(DataError, match=f"DATASETS.TRAIN names .*without {remedy}"):
             Trainer(cfg)
+    with other_datasets.cityscapes(tmp_path / "cityscapes") as names:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
+        monkeypatch.setitem(sys.modules, "shapely.geometry", None)
+        monkeypatch.setitem(sys.modules, "shapely", None)  # used by a pool of processes
+        with pytest.raises(
+            DataError, match="the package shapely: install it with pip install shap"
+        ):
+            Trainer(use(cfg, names["instance"]))
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     (tmp_path / "panoptic").mkdir()
