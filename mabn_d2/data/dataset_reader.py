@@ -11,7 +11,7 @@ from .coco_files import CheckedDataset, CheckedFile, registered_function
 from .coco_parsing import read_json
 from .dataset_summary import DatasetSummary, summarize_records
 from .errors import BadAnnotationError, DataError
-from .packages import install_command
+from .packages import remedy
 from .requirements import DataRequirements, listed, unique
 from .semantic_labels import check_labels
 
@@ -149,8 +149,8 @@ def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise DataError(
-            f"{key} names {name!r}, which can't be loaded without the package {package}: install it "
-            f"with {install_command(package)}"
+            f"{key} names {name!r}, which can't be loaded without the package {package}: "
+            f"{remedy(package)}"
         ) from error
     except Exception as error:  # the function may be the user's, and raise anything
         reason = " ".join(str(error).split()) or "no message"

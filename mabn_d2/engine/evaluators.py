@@ -19,7 +19,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
-from ..data.packages import install_command
+from ..data.packages import INTERNAL, remedy
 from .errors import ConfigError
 
 
@@ -91,6 +91,14 @@ ARCHITECTURES = {
 KNOWN = {name for names in ARCHITECTURES.values() for name in names}
 
 
+def _package(kind: str) -> str | None:
+    """Return the package that the evaluators of a type need."""
+    names = CityscapesInstanceEvaluator.process.__code__.co_names
+    if kind.startswith("cityscapes") and any(name.startswith(INTERNAL) for name in names):
+        return INTERNAL
+    return PACKAGES.get(kind)
+
+
 def missing_package(evaluator: Any) -> str | None:
     """Return the package that a class of evaluators needs, if it is not installed; else None."""
     for known, package in PACKAGES_OF_CLASSES.items():
@@ -119,11 +127,11 @@ def check_evaluators(cfg: CfgNode) -> None:
                 f"DATASETS.TEST names {name!r}, whose evaluator_type is {kind!r}: use one of "
                 f"{', '.join(EVALUATORS)}, or override Trainer.build_evaluator"
             )
-        package = PACKAGES.get(kind)
+        package = _package(kind)
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"DATASETS.TEST names {name!r}, whose evaluator needs the package {package}: install "
-                f"it with {install_command(package)}, or set DATASETS.TEST ()"
+                f"DATASETS.TEST names {name!r}, whose evaluator needs the package {package}: "
+                f"{remedy(package)}, or set DATASETS.TEST ()"
             )
         _check_outputs(cfg, name, kind)
 

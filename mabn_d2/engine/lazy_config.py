@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig
 
-from ..data.packages import install_command
+from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..safe_yaml import load_as_data
 from .errors import ConfigError, did_you_mean, one_line
@@ -136,7 +136,7 @@ def _check_packages(cfg: DictConfig) -> None:
         if isinstance(node, DictConfig) and (package := missing_package(target(node))):
             raise ConfigError(
                 f"dataloader.evaluator is {target(node).__name__}, which needs the package {package}: "
-                f"install it with {install_command(package)}, or use another evaluator"
+                f"{remedy(package)}, or use another evaluator"
             )
 
 

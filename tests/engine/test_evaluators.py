@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
+from detectron2.evaluation import CityscapesInstanceEvaluator
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.structures.masks import polygons_to_bitmask
@@ -209,6 +210,7 @@ def test_semantic_segmentation(cfg, tmp_path):
         assert right["sem_seg"]["mIoU"] == 100
 
 
+@pytest.mark.cityscapes
 def test_cityscapes_instances(cfg, tmp_path):
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
     with other_datasets.cityscapes(tmp_path) as names:
@@ -218,6 +220,7 @@ def test_cityscapes_instances(cfg, tmp_path):
         assert right["segm"]["AP50"] == pytest.approx(100)
 
 
+@pytest.mark.cityscapes
 def test_cityscapes_labels(cfg, tmp_path):
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = "SemanticSegmentor", 19
     with other_datasets.cityscapes(tmp_path) as names:
@@ -239,14 +242,6 @@ def test_missing_packages(cfg, tmp_path, monkeypatch):
         cfg.DATASETS.TEST = ()
         with pytest.raises(DataError, match=f"DATASETS.TRAIN names .*without {remedy}"):
             Trainer(cfg)
-    with other_datasets.cityscapes(tmp_path / "cityscapes") as names:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
-        monkeypatch.setitem(sys.modules, "shapely.geometry", None)
-        monkeypatch.setitem(sys.modules, "shapely", None)  # used by a pool of processes
-        with pytest.raises(
-            DataError, match="the package shapely: install it with pip install shap"
-        ):
-            Trainer(use(cfg, names["instance"]))
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     (tmp_path / "panoptic").mkdir()
@@ -257,6 +252,30 @@ def test_missing_packages(cfg, tmp_path, monkeypatch):
         ):
             Trainer(use(cfg, names["separated"]))
     assert not Path(cfg.OUTPUT_DIR).exists()
+
+
+@pytest.mark.cityscapes
+def test_a_package_that_a_pool_of_processes_misses(cfg, tmp_path, monkeypatch):
+    with other_datasets.cityscapes(tmp_path) as names:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
+        monkeypatch.setitem(sys.modules, "shapely.geometry", None)
+        monkeypatch.setitem(sys.modules, "shapely", None)  # used by a pool of processes
+        with pytest.raises(
+            DataError, match="the package shapely: install it with pip install shap"
+        ):
+            Trainer(use(cfg, names["instance"]))
+
+
+def test_a_package_that_only_meta_has(cfg, tmp_path, monkeypatch):
+    """Versions of Detectron2 from 2026 import it for Cityscapes."""
+
+    def process(self, inputs, outputs):
+        import deeplearning.projects.cityscapesApi  # noqa: F401
+
+    monkeypatch.setattr(CityscapesInstanceEvaluator, "process", process)
+    expected = pytest.raises(ConfigError, match="deeplearning: only Meta has it; use a version of")
+    with other_datasets.cityscapes(tmp_path) as names, expected:
+        check_data(use(cfg, names["instance"]))
 
 
 def change_json(file, change):
@@ -301,6 +320,7 @@ def test_files_that_an_evaluator_would_fail_on(name, cfg, tmp_path):
         assert "\n" not in str(error.value) and not Path(cfg.OUTPUT_DIR).exists()
 
 
+@pytest.mark.cityscapes
 @pytest.mark.parametrize("ending", ["instanceIds", "labelIds"])
 def test_cityscapes_without_pictures_of_ids(ending, cfg, tmp_path):
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
