@@ -54,6 +54,8 @@ def say_and_wait(started):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_forked_children_end(number):
     """A pool that a dataset or an evaluator uses ends its processes by SIGTERM."""
+    # A shell lets what it runs in the background ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     hook = StopOnSignal(None)
     hook.before_train()
     try:
@@ -71,3 +73,4 @@ def test_forked_children_end(number):
         if child.is_alive():
             child.kill()
         hook.after_train()
+        signal.signal(signal.SIGINT, before)
