@@ -26,9 +26,9 @@ def read_statistics(run: str) -> dict[str, dict[str, dict[str, list[tuple[float,
     return layers
 
 
-def plot(columns: Mapping[str, Mapping], output: str) -> None:
-    """Draw {title: {statistic: {kind: series}}} into the picture `output`."""
-    rows = max(map(len, columns.values()))
+def plot(columns: Sequence[tuple[str, Mapping]], output: str) -> None:
+    """Draw [(title, {statistic: {kind: series}}), ...] into the picture `output`."""
+    rows = max(len(statistics) for _, statistics in columns)
     figure, axes = plt.subplots(
         rows,
         len(columns),
@@ -37,7 +37,7 @@ def plot(columns: Mapping[str, Mapping], output: str) -> None:
         layout="constrained",
         sharex=True,
     )
-    for column, (title, statistics) in zip(axes.T, columns.items(), strict=True):
+    for column, (title, statistics) in zip(axes.T, columns, strict=True):
         column[0].set_title(title, fontsize=9)
         for axis in column[len(statistics) :]:
             axis.set_axis_off()
@@ -52,6 +52,17 @@ def plot(columns: Mapping[str, Mapping], output: str) -> None:
     plt.close(figure)
 
 
+def short_names(runs: Sequence[str]) -> list[str]:
+    """Return the ends of the runs' paths, as long as it takes to tell the runs apart."""
+    paths = [Path(run).resolve().parts for run in runs]
+    different = len(set(paths))
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len(set(names)) == different:
+            break
+    return names
+
+
 def plot_statistics(runs: Sequence[str], layer: str | None, output: str) -> None:
     """Draw the statistics of one layer, a column for each run.
 
@@ -63,8 +74,8 @@ def plot_statistics(runs: Sequence[str], layer: str | None, output: str) -> None
     Raises:
         ConfigError: if a run has no statistics of the layer.
     """
-    columns = {}
-    for run in runs:
+    columns = []
+    for run, short in zip(runs, short_names(runs), strict=True):
         try:
             layers = read_statistics(run)
         except OSError as error:
@@ -75,5 +86,5 @@ def plot_statistics(runs: Sequence[str], layer: str | None, output: str) -> None
         name = layer or names[len(names) // 2]
         if name not in layers:
             raise ConfigError(f"{run} has no statistics of {name}: use one of {', '.join(names)}")
-        columns[f"{Path(run).name}\n{name}"] = layers[name]
+        columns.append((f"{short}\n{name}", layers[name]))
     plot(columns, output)

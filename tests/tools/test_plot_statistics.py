@@ -74,3 +74,18 @@ def test_training_writes_and_the_tool_draws(digits_cfg, tmp_path, capsys, monkey
     digits_cfg.MODEL.MABN.LOG_LAYERS = ("stem",)
     with pytest.raises(ValueError, match="'stem'; there are backbone"):
         Trainer(digits_cfg)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """As the runs of tools/compare_norms.py, which end in seed0; a run may also come twice."""
+    runs = [tmp_path / norm / "seed0" for norm in ("BN", "MABN", "MABN")]
+    for run in runs:
+        run.mkdir(parents=True, exist_ok=True)
+        record = {"iteration": 19, "statistics/conv1.norm/var/batch": 1.0}
+        (run / "metrics.json").write_text(json.dumps(record) + "\n")
+    drawn = []
+    monkeypatch.setattr(statistics_plot, "plot", lambda columns, output: drawn.extend(columns))
+    main([*map(str, runs), "--output", str(tmp_path / "statistics.png")])
+    assert [title for title, _ in drawn] == [
+        f"{n}/seed0\nconv1.norm" for n in ("BN", "MABN", "MABN")
+    ]
