@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -111,53 +112,6 @@ train.max_iter = 100000
 """
 
 
-def test_launcher_trains_resumes_and_evaluates(small_scenes, tmp_path):
-    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
-    config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
-
-    def run(*arguments):
-        command = ["--config-file", str(config), "--num-gpus", "0", *arguments]
-        return lazy_trainer.run(default_argument_parser().parse_args(command))
-
-    run("train.max_iter=2")
-    run("--resume", "train.max_iter=3", "+train.statistics.period=1")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    training = [line for line in lines if "total_loss" in line]
-    assert [line["iteration"] for line in training] == [0, 1, 2]
-    watched = {key.split("/")[1] for key in training[2] if key.startswith("statistics/")}
-    assert len(watched) == 3 and "backbone.bottom_up.stem.conv1.norm" in watched
-    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
-    assert [c["name"] for c in state["classes"]] == [str(i) for i in range(10)]
-    assert state["iteration"] == 2
-    assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
-    results = run("--resume", "--eval-only")
-    assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
-
-
-def test_launcher_accumulates_gradients(small_scenes, tmp_path):
-    twin, config = str(ROOT / f"configs/lazy/{NAMES[1]}.py"), tmp_path / "users.py"
-    config.write_text(USERS.format(twin=twin, output=str(tmp_path)))
-
-    def run(*arguments):
-        command = ["--config-file", str(config), "--num-gpus", "0", "train.max_iter=2", *arguments]
-        return lazy_trainer.run(default_argument_parser().parse_args(command))
-
-    for images, steps in ((4, 0), (4, 3), (4, 8)):
-        message = "train.accumulation_steps"
-        with pytest.raises(SystemExit, match=message):
-            run(f"+train.accumulation_steps={steps}", f"dataloader.train.total_batch_size={images}")
-    run("+train.accumulation_steps=2", "dataloader.train.total_batch_size=4", "train.eval_period=0")
-    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
-    assert state["iteration"] == 1
-    assert (
-        state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 4
-    )  # two forwards each
-    cfg = LazyConfig.load(str(config))
-    cfg.train.update(device="cpu", accumulation_steps=2)
-    norm = lazy_trainer.build_model(cfg).backbone.bottom_up.stem.conv1.norm
-    assert norm.clip_start == 2 * 100 and norm.warmup_iters == 2 * 99 + 1
-
-
 @pytest.fixture
 def launcher(small_scenes, tmp_path):
     """Return a function that runs the launcher on the small config, and writes to tmp_path."""
@@ -169,6 +123,40 @@ def launcher(small_scenes, tmp_path):
         return lazy_trainer.run(default_argument_parser().parse_args(command))
 
     return run
+
+
+def test_launcher_trains_resumes_and_evaluates(launcher, tmp_path):
+    launcher("train.max_iter=2")
+    launcher("--resume", "train.max_iter=3", "+train.statistics.period=1")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    training = [line for line in lines if "total_loss" in line]
+    assert [line["iteration"] for line in training] == [0, 1, 2]
+    watched = {key.split("/")[1] for key in training[2] if key.startswith("statistics/")}
+    assert len(watched) == 3 and "backbone.bottom_up.stem.conv1.norm" in watched
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert [c["name"] for c in state["classes"]] == [str(i) for i in range(10)]
+    assert state["iteration"] == 2
+    assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
+    results = launcher("--resume", "--eval-only")
+    assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+
+
+def test_launcher_accumulates_gradients(launcher, tmp_path):
+    run = partial(launcher, "train.max_iter=2")
+    for images, steps in ((4, 0), (4, 3), (4, 8)):
+        message = "train.accumulation_steps"
+        with pytest.raises(SystemExit, match=message):
+            run(f"+train.accumulation_steps={steps}", f"dataloader.train.total_batch_size={images}")
+    run("+train.accumulation_steps=2", "dataloader.train.total_batch_size=4", "train.eval_period=0")
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert state["iteration"] == 1
+    assert (
+        state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 4
+    )  # two forwards each
+    cfg = LazyConfig.load(str(tmp_path / "users.py"))
+    cfg.train.update(device="cpu", accumulation_steps=2)
+    norm = lazy_trainer.build_model(cfg).backbone.bottom_up.stem.conv1.norm
+    assert norm.clip_start == 2 * 100 and norm.warmup_iters == 2 * 99 + 1
 
 
 @pytest.mark.parametrize("steps", [1, 2])

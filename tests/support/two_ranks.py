@@ -4,30 +4,16 @@ import sys
 import zlib
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import launch
 
-from mabn_d2 import add_mabn_config, register_digit_scenes
-from mabn_d2.data.digit_scenes import SceneParams
 from mabn_d2.engine import Trainer
 from mabn_d2.engine.hooks import SyncStatistics
-
-CONFIG = "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+from small_run import small_run
 
 
 def main(rank, folder):
-    register_digit_scenes(folder, "small_scenes", SceneParams(num_train=24, num_val=6))
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(CONFIG)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.DEPTH = 10
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+    cfg = small_run(folder, max_iter=20)
     cfg.MODEL.MABN.SYNC_BEFORE_EVAL = True
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("small_scenes_train",), ("small_scenes_val",)
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.SOLVER.MAX_ITER = 20
-    cfg.OUTPUT_DIR = f"{folder}/output"
     torch.manual_seed(0)
     trainer = Trainer(cfg)
     batches = iter(trainer.data_loader)
