@@ -109,6 +109,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.loaded = checkpoint
         record = checkpoint.get(KEY)
         self.record = record if isinstance(record, dict) else None
+        if self.record and self.record.get("recalibrate"):
+            told = f"{path} was converted from BatchNorm, whose running_var does not fit MABN"
+            if self.complete:
+                raise CheckpointError(
+                    f"{told}: train from it before you evaluate, which recalibrates it first"
+                )
+            _logger.warning(
+                f"{told}: Trainer and the LazyConfig tool recalibrate it before they train"
+            )
         return checkpoint
 
     def _load_file(self, filename: str) -> dict[str, Any]:

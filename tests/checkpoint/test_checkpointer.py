@@ -115,3 +115,27 @@ def test_trainer_warns_of_differences(digits_cfg, tmp_path, caplog):
     digits_cfg.INPUT.FORMAT = "BGR"
     assert differences(record, digits_cfg) == differences(None, digits_cfg) == []
     assert differences({"config": 3}, digits_cfg) == []  # of another program
+
+
+def test_file_that_needs_recalibration(tmp_path, caplog):
+    """As convert_weights.py writes it from BatchNorm: trained from with a warning, never evaluated."""
+    path, record = tmp_path / "a.pth", {"config": {}, "recalibrate": True}
+    for recalibrate in (True, False):
+        write_checkpoint(
+            {
+                "model": nn.Linear(2, 2).state_dict(),
+                "mabn_d2": record | {"recalibrate": recalibrate},
+            },
+            path,
+        )
+        checkpointer = SafeCheckpointer(nn.Linear(2, 2))
+        checkpointer.load(str(path))
+        assert checkpointer.needs_recalibration == recalibrate
+        assert ("converted from BatchNorm" in caplog.text) == recalibrate
+        caplog.clear()
+        evaluated = SafeCheckpointer(nn.Linear(2, 2), complete=True)
+        if recalibrate:
+            with pytest.raises(CheckpointError, match="train from it before you evaluate"):
+                evaluated.load(str(path))
+        else:
+            evaluated.load(str(path))

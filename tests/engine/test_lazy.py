@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from commands import assert_ended, start
 from inputs import training_inputs
+from mabn_d2.checkpoint import write_checkpoint
 from mabn_d2.engine import ConfigError, lazy_trainer
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
@@ -139,6 +140,17 @@ def test_launcher_trains_resumes_and_evaluates(launcher, tmp_path):
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
     results = launcher("--resume", "--eval-only")
     assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+
+
+def test_converted_batch_norm_is_recalibrated(launcher, tmp_path):
+    launcher("train.max_iter=1", "train.eval_period=0")
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
+    for recalibrate in (True, False):
+        file, output = tmp_path / "converted.pth", tmp_path / f"output_{recalibrate}"
+        write_checkpoint({"model": state, "mabn_d2": {"recalibrate": recalibrate}}, file)
+        options = (f"train.init_checkpoint={file}", f"train.output_dir={output}")
+        launcher("train.max_iter=1", "train.eval_period=0", *options)
+        assert ("recalibrating the" in (output / "log.txt").read_text()) == recalibrate
 
 
 def test_launcher_accumulates_gradients(launcher, tmp_path):
