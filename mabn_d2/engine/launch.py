@@ -201,12 +201,12 @@ def launch(
         _logger.warning(f"there is no GPU: {processes} processes train on the CPU")
     if started:
         return _join(started, num_gpus, main, args, check)
-    arguments = (main, num_gpus, num_machines, machine_rank, dist_url, args)
+    settings = (num_gpus, num_machines, machine_rank, dist_url)
     if num_machines * num_gpus <= 1:  # main runs in this process
-        return detectron2_launch(*arguments)
+        return detectron2_launch(main, *settings, args)
     before = {number: signal.signal(number, _forward) for number in SIGNALS}
     try:
-        return detectron2_launch(*arguments)
+        return detectron2_launch(_run_in_group, *settings, (main, *args))
     except ProcessExitedException as error:
         if error.exit_code <= 0:  # killed
             raise
@@ -243,15 +243,36 @@ def _join(
         rank=started.rank,
         timeout=DEFAULT_TIMEOUT,
     )
+    return _run_in_group(_check_and_run, started, main, args, check)
+
+
+def _check_and_run(
+    started: StartedProcess,
+    main: Callable[..., Any],
+    args: tuple,
+    check: Callable[..., Any] | None,
+) -> Any:
+    comm.create_local_process_group(started.local_size)
+    comm.synchronize()
+    if check is not None:
+        with one_line_errors():
+            on_one_rank(lambda: check(*args))
+    return main(*args)
+
+
+def _run_in_group(main: Callable[..., Any], *args: Any) -> Any:
+    """Run `main`, then destroy the process group.
+
+    A process that exits with a gloo group may abort (torch 2.4). After an error without a message
+    for users the group stays: NCCL would wait for collectives that never end.
+    """
     try:
-        comm.create_local_process_group(started.local_size)
-        comm.synchronize()
-        if check is not None:
-            with one_line_errors():
-                on_one_rank(lambda: check(*args))
-        return main(*args)
-    finally:
+        result = main(*args)
+    except SystemExit:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+    return result
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
