@@ -261,18 +261,25 @@ def _check_and_run(
 
 
 def _run_in_group(main: Callable[..., Any], *args: Any) -> Any:
-    """Run `main`, then destroy the process group.
+    """Run `main`, then leave the process groups.
 
-    A process that exits with a gloo group may abort (torch 2.4). After an error without a message
-    for users the group stays: NCCL would wait for collectives that never end.
+    If the exit of the interpreter meets a thread of gloo, torch 2.4 aborts. After any other error
+    than an exit the groups stay: NCCL would wait for collectives that never end.
     """
     try:
         result = main(*args)
     except SystemExit:
-        dist.destroy_process_group()
+        _leave_groups()
         raise
-    dist.destroy_process_group()
+    _leave_groups()
     return result
+
+
+def _leave_groups() -> None:
+    dist.destroy_process_group()
+    # A group's threads end once nothing refers to it. Detectron2 keeps references.
+    comm._get_global_gloo_group.cache_clear()
+    comm._LOCAL_PROCESS_GROUP = None
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
