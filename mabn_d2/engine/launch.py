@@ -201,12 +201,12 @@ def launch(
         _logger.warning(f"there is no GPU: {processes} processes train on the CPU")
     if started:
         return _join(started, num_gpus, main, args, check)
-    settings = (num_gpus, num_machines, machine_rank, dist_url)
+    arguments = (main, num_gpus, num_machines, machine_rank, dist_url, args)
     if num_machines * num_gpus <= 1:  # main runs in this process
-        return detectron2_launch(main, *settings, args)
+        return detectron2_launch(*arguments)
     before = {number: signal.signal(number, _forward) for number in SIGNALS}
     try:
-        return detectron2_launch(_run_in_group, *settings, (main, *args))
+        return detectron2_launch(*arguments)
     except ProcessExitedException as error:
         if error.exit_code <= 0:  # killed
             raise
@@ -243,43 +243,15 @@ def _join(
         rank=started.rank,
         timeout=DEFAULT_TIMEOUT,
     )
-    return _run_in_group(_check_and_run, started, main, args, check)
-
-
-def _check_and_run(
-    started: StartedProcess,
-    main: Callable[..., Any],
-    args: tuple,
-    check: Callable[..., Any] | None,
-) -> Any:
-    comm.create_local_process_group(started.local_size)
-    comm.synchronize()
-    if check is not None:
-        with one_line_errors():
-            on_one_rank(lambda: check(*args))
-    return main(*args)
-
-
-def _run_in_group(main: Callable[..., Any], *args: Any) -> Any:
-    """Run `main`, then leave the process groups.
-
-    If the exit of the interpreter meets a thread of gloo, torch 2.4 aborts. After any other error
-    than an exit the groups stay: NCCL would wait for collectives that never end.
-    """
     try:
-        result = main(*args)
-    except SystemExit:
-        _leave_groups()
-        raise
-    _leave_groups()
-    return result
-
-
-def _leave_groups() -> None:
-    dist.destroy_process_group()
-    # A group's threads end once nothing refers to it. Detectron2 keeps references.
-    comm._get_global_gloo_group.cache_clear()
-    comm._LOCAL_PROCESS_GROUP = None
+        comm.create_local_process_group(started.local_size)
+        comm.synchronize()
+        if check is not None:
+            with one_line_errors():
+                on_one_rank(lambda: check(*args))
+        return main(*args)
+    finally:
+        dist.destroy_process_group()
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
