@@ -155,14 +155,17 @@ def test_warns_that_statistics_are_not_its_own(caplog):
     assert "1 norms are MABN now" in caplog.text and "before evaluating" in caplog.text
 
 
+# torch 2.4 can't trace DenseNet's layer: there the norm is only known to come first.
+TRACES = [int(n) for n in torch.__version__.split(".")[:2]] > [2, 4]
+NO_CONVOLUTION = "its input is not .* cat" if TRACES else "nothing stands in front of it"
+
+
 @pytest.mark.parametrize(
     "net, message",
     [
         (
             densenet121(),
-            # torch 2.4 can't trace its forward: there the norm is only known to come first.
-            "denselayer1.norm1: (its input is not .* cat in _DenseLayer.forward|"
-            "nothing stands in front of it in _DenseLayer)(.|\n)*and \\d+ more norms",
+            f"denselayer1.norm1: {NO_CONVOLUTION} in _DenseLayer(.|\n)*and \\d+ more norms",
         ),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), "2: .*activation.ReLU"),
         (
