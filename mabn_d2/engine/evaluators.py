@@ -127,9 +127,8 @@ def check_evaluators(cfg: CfgNode) -> None:
                 f"DATASETS.TEST names {name!r}, whose evaluator_type is {kind!r}: use one of "
                 f"{', '.join(EVALUATORS)}, or override Trainer.build_evaluator"
             )
-        _check_outputs(
-            cfg, name, kind
-        )  # first: a package is of no use to a model that does not fit
+        # A package is of no use to a model that does not fit.
+        _check_outputs(cfg, name, kind)
         package = _package(kind)
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(
