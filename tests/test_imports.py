@@ -1,6 +1,8 @@
 """Imports point one way: commands -> engine -> data, modeling, checkpoint -> surgery -> layers -> torch."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,9 @@ def test_scripts_import_no_script():
     scripts = {path.stem for path in Path(ROOT / "tools").glob("*.py")}
     for path in (ROOT / "tools").glob("*.py"):
         assert not scripts & set(imported(path)), path
+
+
+def test_the_import_causes_no_warning():
+    command = [sys.executable, "-W", "always", "-c", "import mabn_d2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert str(ROOT / "mabn_d2") not in done.stderr

@@ -11,6 +11,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import mabn_d2
+from mabn_d2.commands import train_net
+from mabn_d2.config_files import find_config_file
 from paths import ROOT
 
 if sys.version_info >= (3, 11):
@@ -106,7 +108,9 @@ def test_wheel_trains_in_a_clean_environment(sdist, tmp_path, native):
     place, kernels = run(python, "-c", TRAIN_ONE_STEP, cwd=home, env=variables).splitlines()[-2:]
     assert place.startswith(own)
     assert kernels == ("compiled" if native == "1" else "torch")
-    assert "--config-file" in run(venv / "bin/mabn-train", "--help", cwd=home, env=variables)
+    command = [venv / "bin/mabn-train", "--config-file", "configs/mask_rcnn_R50_FPN_mabn_2x.yaml"]
+    done = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
+    assert "R50-wc.pth" in done.stderr.splitlines()[-1]  # the config was found, its weights not
 
 
 def test_source_is_complete(sdist):
@@ -146,6 +150,20 @@ def test_get_config_file():
     assert os.path.samefile(path, ROOT / "configs/mask_rcnn_R50_FPN_mabn_2x.yaml")
     with pytest.raises(FileNotFoundError, match=r"no config 'nothing.yaml': use one of .*_2x.yaml"):
         mabn_d2.get_config_file("nothing.yaml")
+
+
+@pytest.mark.parametrize("folder", ["configs/", ""])
+def test_commands_find_the_configs_anywhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"{folder}digits/scratch_mask_rcnn_R18_FPN_mabn.yaml"
+    found = find_config_file(name)
+    assert os.path.samefile(found, ROOT / "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml")
+    assert train_net.parse_args(["--config-file", name]).config_file == found
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert find_config_file(name) == name  # a file that is there comes first
+    assert find_config_file("nothing.yaml") == "nothing.yaml"
 
 
 def test_version_is_that_of_the_package():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..comparison import compare
 from ..comparison.rows import DEFAULT_ROWS
-from ..config_files import get_config_file
+from ..config_files import find_config_file, get_config_file
 from ..engine import one_line_errors
 
 CONFIG = "digits/compare_mask_rcnn_R10_FPN.yaml"
@@ -31,7 +31,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default=get_config_file(CONFIG), help="of all rows")
+    parser.add_argument(
+        "--config-file", type=find_config_file, default=get_config_file(CONFIG), help="of all rows"
+    )
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--num-gpus", type=int, default=1, help="0: CPU even if there is a GPU")

@@ -8,6 +8,7 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import CheckpointError
+from ..config_files import find_config_file
 from ..engine.convert_file import convert_file
 from ..surgery.fold import INTO
 
@@ -25,7 +26,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         sub = commands.add_parser(command, help=help, description=help)
         if command == "fold":
             sub.add_argument(
-                "--config-file", metavar="FILE", help="the detector's; default: that in the file"
+                "--config-file",
+                type=find_config_file,
+                metavar="FILE",
+                help="the detector's; default: that in the file",
             )
             sub.add_argument("--into", choices=INTO, default=INTO[0], help="default: %(default)s")
         else:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.utils.logger import setup_logger
 
+from ..config_files import find_config_file
 from ..engine import ConfigError, one_line_errors, read_config
 from ..engine.predict_files import find_images, predict_files
 from ..predictor import load_predictor
@@ -25,7 +26,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, threshold: float) -> No
         "--checkpoint", required=True, metavar="FILE", help="a trained model (.pth)"
     )
     parser.add_argument(
-        "--config-file", metavar="FILE", help="of the model, if the checkpoint holds no config"
+        "--config-file",
+        type=find_config_file,
+        metavar="FILE",
+        help="of the model, if the checkpoint holds no config",
     )
     parser.add_argument(
         "--threshold",

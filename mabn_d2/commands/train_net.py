@@ -8,6 +8,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
+from ..config_files import find_config_file
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
 from ..engine.data_check import check_datasets
 from ..engine.log import share_log
@@ -19,7 +20,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = default_argument_parser()
     parser.add_argument("--data", metavar="FOLDER", help="own images: docs/custom-data.md")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.config_file = find_config_file(args.config_file)
+    return args
 
 
 @one_line_errors()

@@ -4,7 +4,8 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from ..engine import launch
+from ..engine import ConfigError, launch
+from ..engine.resume import check_output_folder
 from .report import draw_predictions_of_rows, plot_curves, write_runs, write_table
 from .rows import parse_row
 from .runs import check_same_config, make_config, result_file, train
@@ -24,12 +25,15 @@ def compare(args: Namespace) -> Path:
         ConfigError: before anything is trained, if a row or config is wrong, or if `output` holds
             a run of another config.
     """
-    args.output.mkdir(parents=True, exist_ok=True)
+    if min(args.seeds) < 0:
+        raise ConfigError(f"--seeds has {min(args.seeds)}: use 0 or more, which can be repeated")
+    check_output_folder(str(args.output), resume=True, key="--output")
     # All rows of a seed before the next seed, so that an early look compares equal seeds.
     runs = [(row, seed) for seed in args.seeds for row in args.rows]
     configs = {run: make_config(args, *run) for run in runs}
     for cfg in configs.values():
         check_same_config(cfg)
+    args.output.mkdir(parents=True, exist_ok=True)
     results = {}
     for run, cfg in configs.items():
         if not result_file(cfg).exists():

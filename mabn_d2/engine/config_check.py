@@ -3,6 +3,7 @@
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
+from ..config_files import config_names
 from ..modeling.norm_table import NORMS
 from ..safe_yaml import RefusedYAML, check_yaml, load_yaml
 from .errors import ConfigError, did_you_mean, one_line
@@ -27,6 +29,12 @@ from .value_check import check_values
 
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
+
+# yacs's message for a value of another type.
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(?P<wanted>\S+)'> vs\. <class '(?P<found>\S+)'>\) "
+    r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)"
+)
 
 # Iterations; each layer keeps two vectors of its channels for each.
 MAX_WINDOW = 10_000
@@ -44,6 +52,8 @@ def read_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     cfg = get_cfg()
     add_mabn_config(cfg)
     defaults = cfg.clone()
+    _check_is_file(config_file)
+    _check_pairs(opts, defaults)
     try:
         check_yaml(config_file)
         cfg.merge_from_file(config_file)
@@ -62,12 +72,56 @@ def read_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
                 f"{key} is no config key{did_you_mean(key, _leaves(defaults))}: correct it in "
                 f"--config-file {config_file} or on the command line"
             ) from error
-        options = " ".join(map(str, opts))
-        raise ConfigError(f"--config-file {config_file!r} {options}: {text}") from error
+        if mismatch := _MISMATCH.search(text):
+            raise ConfigError(_mismatch(defaults, **mismatch.groupdict())) from error
+        words = " ".join([f"--config-file {config_file!r}", *map(str, opts)])
+        raise ConfigError(f"{words}: {text}") from error
     nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
     return merged
+
+
+def _check_is_file(config_file: str) -> None:
+    if not config_file:
+        raise ConfigError(
+            "--config-file is missing: name one, such as configs/own_data_mask_rcnn_R50_FPN_mabn.yaml"
+        )
+    if "://" not in config_file and not PathManager.isfile(config_file):
+        known = did_you_mean(config_file, [f"configs/{name}" for name in config_names()])
+        raise ConfigError(
+            f"--config-file is {config_file!r}, which is no file{known}: correct the path"
+        )
+
+
+def _check_pairs(opts: Sequence[Any], defaults: CfgNode) -> None:
+    """Raise ConfigError if the options of a command line are no list of keys and values."""
+    keys = set(_leaves(defaults))
+    for key, value in zip_longest(map(str, opts[::2]), opts[1::2]):
+        if key.startswith("--"):
+            raise ConfigError(f"{key} comes after a KEY VALUE: put it before the first one")
+        name, equals, after = key.partition("=")
+        if equals:
+            raise ConfigError(
+                f"{key} is one word: write the key and the value as two, {name} {after}"
+            )
+        if len(opts) % 2 and (value is None or value in keys):
+            raise ConfigError(f"{key} has no value: write KEY VALUE")
+
+
+def _mismatch(defaults: CfgNode, wanted: str, found: str, value: str, key: str) -> str:
+    """Return what to do about a value of another type than the default's."""
+    default = _value(defaults, key)
+    if isinstance(default, CfgNode):
+        first = next(_leaves(default, f"{key}."))
+        return f"{key} is {value}, but it has keys of its own: set one of them, such as {first}"
+    example = repr(default)
+    if wanted in ("tuple", "list"):
+        element = repr(value) if found == "str" else value
+        example = f"({element},)" if wanted == "tuple" else f"[{element}]"
+    elif (wanted, found) == ("float", "int"):
+        example = f"{value}.0"
+    return f"{key} is {value} ({found}): use a value of type {wanted}, such as {example}"
 
 
 def setup_config(args: Namespace, alone: bool = False) -> CfgNode:

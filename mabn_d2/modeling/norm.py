@@ -198,7 +198,8 @@ def replace_everywhere(stock: Callable[..., Any], ours: Callable[..., Any]) -> N
         if not isinstance(contents, dict) or str(contents.get("__name__")).startswith(package):
             continue
         for name, value in list(contents.items()):
-            if isinstance(value, FunctionType) and value in held:
+            # type(), because isinstance() asks torch's deprecated objects for their class: they warn.
+            if type(value) is FunctionType and value in held:
                 setattr(module, name, ours)
     vars(ours)["_stock"] = stock
     # LazyConfig.save writes this name, which a process without this package knows.

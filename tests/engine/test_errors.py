@@ -24,6 +24,29 @@ from paths import ROOT
         (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM: unknown norm 'MABM'"),
         (["MODEL.MABN.BATCH_SIZE", 3], "BATCH_SIZE (3) does not divide"),
         (["SOLVER.IMS_PER_BATCH", 3], "multiple of the 2"),
+        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER has no value: write KEY VALUE"),
+        (["SOLVER.MAX_ITER", "SEED", 3], "SOLVER.MAX_ITER has no value: write KEY VALUE"),
+        (["SOLVER.MAX_ITER=5"], "write the key and the value as two, SOLVER.MAX_ITER 5"),
+        (["SOLVER.MAX_ITER=5", "SEED=3"], "as two, SOLVER.MAX_ITER 5"),
+        (["SEED", 3, "--resume"], "--resume comes after a KEY VALUE: put it before the first one"),
+        (["SEED", 3, "--num-machines", 1], "--num-machines comes after a KEY VALUE"),
+        (["SOLVER.MAX_ITER", "abc"], "SOLVER.MAX_ITER is abc (str): use a value of type int"),
+        (
+            ["SOLVER.BASE_LR", 1],
+            "SOLVER.BASE_LR is 1 (int): use a value of type float, such as 1.0",
+        ),
+        (
+            ["DATASETS.TRAIN", "mine"],
+            "DATASETS.TRAIN is mine (str): use a value of type tuple, such ",
+        ),
+        (["SOLVER.STEPS", 5], "such as (5,)"),
+        (["MODEL.MABN", 3], "set one of them, such as MODEL.MABN.BATCH_SIZE"),
+        (
+            ["--config-file", "configs/mask_rcnn_R50_FPN_mabn_2.yaml"],
+            "(did you mean configs/mask_rcnn_R50_FPN_mabn_2x.yaml?)",
+        ),
+        (["--config-file", "configs"], "--config-file is 'configs', which is no file"),
+        (["--config-file", ""], "--config-file is missing: name one, such as configs/own_data"),
         (["MODEL.WEIGHTS", "weights/R50-wc.pth"], "convert_weights.py imagenet"),
         (["--num-gpus", 0, "--num-machines", 2], "--num-gpus 0 with --num-machines 2"),
     ],
@@ -42,6 +65,7 @@ def test_bad_config_of_other_tools(tmp_path, monkeypatch):
         ("compare_norms.py", ["--output", tmp_path, "--set", *bad]),
     ):
         assert "SOLVER.FOO" in exit_line(monkeypatch, tool, *arguments)
+        assert not any(tmp_path.iterdir())
 
 
 def test_real_process_and_its_traceback(tmp_path, monkeypatch):

@@ -176,4 +176,15 @@ def test_row_of_several_processes(tmp_path):
 def test_rows_that_would_be_something_else(tmp_path, row, message):
     with pytest.raises(SystemExit, match=message):
         compare(tmp_path, rows=("MABN:2", row))
-    assert not list(tmp_path.glob("**/config.yaml"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_repeated_or_written_is_refused_first(tmp_path):
+    with pytest.raises(SystemExit, match="--seeds has -1: use 0 or more"):
+        compare(tmp_path / "new", seeds=("0", "-1"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"--output '.*/file' can't be written to"):
+        compare(tmp_path / "file")
+    with pytest.raises(SystemExit, match="SOLVER.MAX_ITER has no value"):
+        compare(tmp_path / "new", "SOLVER.MAX_ITER")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
