@@ -1,6 +1,8 @@
 """Training and evaluation."""
 
-from .config_check import check_config, read_config, setup_config
+from .config_check import check_config
+from .config_reader import read_config
+from .config_setup import setup_config
 from .data_check import check_data
 from .errors import ConfigError, one_line_errors
 from .launch import launch

@@ -20,7 +20,7 @@ from ..checkpoint.io import check_output
 from ..checkpoint.record import KEY
 from ..checkpoint.stock_detector import changed, fold_detector, load_whole
 from ..modeling.norm import build_model
-from .config_check import read_config
+from .config_reader import read_config
 
 
 def convert_file(args: Namespace) -> None:

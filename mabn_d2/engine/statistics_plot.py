@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..visualization import plt, read_metrics
-from .config_check import ConfigError
+from .errors import ConfigError
 from .hooks.log_statistics import forward_order
 
 STYLES = {

@@ -1,0 +1,62 @@
+"""From the arguments of a command to a config that has been checked before any data is read."""
+
+from argparse import Namespace
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..safe_yaml import load_yaml
+from .config_check import check_config
+from .config_reader import leaves, read_config
+from .errors import ConfigError
+from .launch import count_processes
+from .model_check import check_model
+from .own_data import use_folder_for
+from .schedule import finalize_schedule
+
+
+def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
+    """Return the frozen config of Detectron2's command-line arguments.
+
+    MODEL.DEVICE becomes "cpu" with --num-gpus 0 and where there is no GPU. `args.data`, a labelled
+    folder, is the same as DATASETS.FOLDER: the config is set from it (`own_data.py`).
+
+    Args:
+        args: parsed by Detectron2's `default_argument_parser`.
+        alone: the other processes of the run do not call this now.
+
+    Raises:
+        ConfigError: for a file, key or value that can't be used.
+    """
+    cfg = read_config(args.config_file, args.opts)
+    if args.num_gpus == 0 or not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    _use_folder(cfg, args, alone)
+    finalize_schedule(cfg, train=not args.eval_only)
+    cfg.freeze()
+    train = not args.eval_only
+    check_config(cfg, count_processes(args), resume=args.resume, train=train)
+    if (
+        alone or comm.get_world_size() == 1
+    ):  # one of several: `launch` has checked the model before it
+        check_model(cfg, resume=args.resume, train=train)
+    return cfg
+
+
+def _use_folder(cfg: CfgNode, args: Namespace, alone: bool) -> None:
+    """Set the config from the labelled folder that the command line or the config file names."""
+    folder = getattr(args, "data", None)
+    given = set(args.opts[::2])
+    if folder and "DATASETS.FOLDER" in given:
+        raise ConfigError(f"--data is {folder!r} and DATASETS.FOLDER is given too: leave one out")
+    cfg.DATASETS.FOLDER = folder or cfg.DATASETS.FOLDER
+    if cfg.DATASETS.FOLDER:
+        # What a base of the config file says is a default; so are the datasets of any file.
+        given |= {key for key in _keys_of_file(args.config_file) if not key.startswith("DATASETS.")}
+        use_folder_for(cfg, given, args.resume, not args.eval_only, alone)
+
+
+def _keys_of_file(config_file: str) -> set[str]:
+    """Return the keys that a YAML config file sets itself, without those of its _BASE_."""
+    return set(leaves(load_yaml(config_file))) if config_file else set()
