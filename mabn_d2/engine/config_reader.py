@@ -1,5 +1,6 @@
 """A config from its file and the KEY VALUE options of a command line."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -24,12 +25,13 @@ _MISMATCH = re.compile(
 )
 
 
-def read_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
+def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNode:
     """Return the config of a YAML file, changed by `opts`, a list of keys and values.
 
     Raises:
         ConfigError: for a file, key or value that can't be used.
     """
+    config_file = os.fspath(config_file)
     cfg = get_cfg()
     add_mabn_config(cfg)
     defaults = cfg.clone()

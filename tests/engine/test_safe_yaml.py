@@ -82,7 +82,7 @@ def test_what_is_plain_is_read(tmp_path):
     )
     cfg = read_config(str(path))
     assert cfg.SOLVER.STEPS == (1, 2) and cfg.SOLVER.BASE_LR == 1e-3
-    assert read_config(str(ROOT / CONFIG)).SOLVER.OPTIMIZER == "ADAMW"
+    assert read_config(ROOT / CONFIG).SOLVER.OPTIMIZER == "ADAMW"
 
 
 def test_configs_of_detectron2(tmp_path):
