@@ -48,7 +48,8 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
     except RefusedYAML as error:
         raise ConfigError(str(error)) from error
     except (AttributeError, KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        text = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error, 500)
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        text = " ".join(str(said).split())
         if unknown := re.search(r"Non-existent (?:config )?key: (\S+)", text):
             key = unknown[1]
             raise ConfigError(
@@ -58,7 +59,7 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
         if mismatch := _MISMATCH.search(text):
             raise ConfigError(_mismatch(defaults, **mismatch.groupdict())) from error
         words = " ".join([f"--config-file {config_file!r}", *map(str, opts)])
-        raise ConfigError(f"{words}: {text}") from error
+        raise ConfigError(f"{words}: {one_line(text, 500)}") from error
     nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")

@@ -41,6 +41,7 @@ from paths import ROOT
         ),
         (["SOLVER.STEPS", 5], "such as (5,)"),
         (["MODEL.MABN", 3], "set one of them, such as MODEL.MABN.BATCH_SIZE"),
+        (["MODEL", 3], "MODEL is 3, but it has keys of its own: set one of them, such as MODEL."),
         (
             ["--config-file", "configs/mask_rcnn_R50_FPN_mabn_2.yaml"],
             "(did you mean configs/mask_rcnn_R50_FPN_mabn_2x.yaml?)",
