@@ -65,7 +65,7 @@ def test_any_options(tmp_path_factory, pairs, odd):
         (["MODEL.MABN", "3"], "MODEL.MABN"),
         (["MODEL.BRN.R_MAX", "0.5"], "MODEL.BRN: r_max"),
         (["MODEL.BRN.WARMUP_ITERS", "50000"], "MODEL.BRN: r_max_iter"),
-        (["SEED"], "pairs|even|key"),
+        (["SEED"], "SEED has no value: write KEY VALUE"),
         (["SOLVER.BASE_LRR", "0.1"], r"SOLVER.BASE_LRR is no .* \(did you mean SOLVER.BASE_LR\?"),
         (["MODEL.WEIGHTS", "None", "MODEL.WEIGHTS", "1"], "WEIGHTS"),
         (["DATASETS.TRAIN", "None", "DATASETS.TRAIN", "0"], "TRAIN"),
