@@ -7,9 +7,13 @@ from pathlib import Path
 FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 
-def config_names() -> list[str]:
-    """Return the YAML configs that come with this package, as paths below `configs/`."""
-    return sorted({str(p.relative_to(f)) for f in FOLDERS for p in f.glob("**/*.yaml")})
+def config_names(suffix: str = ".yaml") -> list[str]:
+    """Return the configs that come with this package, as paths below `configs/`.
+
+    Args:
+        suffix: ".yaml", or ".py" for LazyConfigs.
+    """
+    return sorted({str(p.relative_to(f)) for f in FOLDERS for p in f.glob(f"**/*{suffix}")})
 
 
 def get_config_file(name: str) -> str:

@@ -24,6 +24,12 @@ _MISMATCH = re.compile(
     r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)"
 )
 
+# Configs that messages give as an example.
+_EXAMPLES = {
+    ".yaml": "configs/own_data_mask_rcnn_R50_FPN_mabn.yaml",
+    ".py": "configs/lazy/mask_rcnn_R50_FPN_mabn_2x.py",
+}
+
 
 def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNode:
     """Return the config of a YAML file, changed by `opts`, a list of keys and values.
@@ -35,7 +41,8 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
     cfg = get_cfg()
     add_mabn_config(cfg)
     defaults = cfg.clone()
-    _check_is_file(config_file)
+    check_config_file(config_file, ".yaml")
+    check_no_flags(opts)
     _check_pairs(opts, defaults)
     try:
         check_yaml(config_file)
@@ -66,24 +73,32 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
     return merged
 
 
-def _check_is_file(config_file: str) -> None:
+def check_config_file(config_file: str, suffix: str) -> None:
+    """Raise ConfigError if there is no such file.
+
+    Args:
+        suffix: of the configs that may have been meant: ".yaml", or ".py" for LazyConfigs.
+    """
     if not config_file:
-        raise ConfigError(
-            "--config-file is missing: name one, such as configs/own_data_mask_rcnn_R50_FPN_mabn.yaml"
-        )
+        raise ConfigError(f"--config-file is missing: name one, such as {_EXAMPLES[suffix]}")
     if "://" not in config_file and not PathManager.isfile(config_file):
-        known = did_you_mean(config_file, [f"configs/{name}" for name in config_names()])
+        known = did_you_mean(config_file, [f"configs/{name}" for name in config_names(suffix)])
         raise ConfigError(
             f"--config-file is {config_file!r}, which is no file{known}: correct the path"
         )
+
+
+def check_no_flags(opts: Sequence[Any]) -> None:
+    """Raise ConfigError for a flag among the options, which argparse takes as they come."""
+    for word in map(str, opts):
+        if word.startswith("--"):
+            raise ConfigError(f"{word} comes after the first key: put it before the keys")
 
 
 def _check_pairs(opts: Sequence[Any], defaults: CfgNode) -> None:
     """Raise ConfigError if the options of a command line are no list of keys and values."""
     keys = set(leaves(defaults))
     for key, value in zip_longest(map(str, opts[::2]), opts[1::2]):
-        if key.startswith("--"):
-            raise ConfigError(f"{key} comes after a KEY VALUE: put it before the first one")
         name, equals, after = key.partition("=")
         if equals:
             raise ConfigError(

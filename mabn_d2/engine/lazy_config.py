@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..safe_yaml import load_as_data
+from .config_reader import check_config_file, check_no_flags
 from .errors import ConfigError, did_you_mean, one_line
 from .evaluators import missing_package
 from .hooks.best_checkpoint import TASKS, task_of
@@ -50,10 +51,11 @@ def load_lazy_config(args: Namespace) -> DictConfig:
     Raises:
         ConfigError: for a file that does not exist, or an override that can't be used.
     """
-    if not PathManager.isfile(args.config_file):
-        raise ConfigError(
-            f"--config-file is {args.config_file!r}, which does not exist: correct the path"
-        )
+    check_config_file(args.config_file, ".py")
+    check_no_flags(args.opts)
+    for override in args.opts:
+        if "=" not in override and not override.startswith("~"):  # "~key" deletes
+            raise ConfigError(f"{override} has no value: write KEY=VALUE")
     cfg = LazyConfig.load(args.config_file)
     try:
         cfg = LazyConfig.apply_overrides(cfg, args.opts)

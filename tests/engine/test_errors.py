@@ -28,8 +28,8 @@ from paths import ROOT
         (["SOLVER.MAX_ITER", "SEED", 3], "SOLVER.MAX_ITER has no value: write KEY VALUE"),
         (["SOLVER.MAX_ITER=5"], "write the key and the value as two, SOLVER.MAX_ITER 5"),
         (["SOLVER.MAX_ITER=5", "SEED=3"], "as two, SOLVER.MAX_ITER 5"),
-        (["SEED", 3, "--resume"], "--resume comes after a KEY VALUE: put it before the first one"),
-        (["SEED", 3, "--num-machines", 1], "--num-machines comes after a KEY VALUE"),
+        (["SEED", 3, "--resume"], "--resume comes after the first key: put it before the keys"),
+        (["SEED", 3, "--num-machines", 1], "--num-machines comes after the first key"),
         (["SOLVER.MAX_ITER", "abc"], "SOLVER.MAX_ITER is abc (str): use a value of type int"),
         (
             ["SOLVER.BASE_LR", 1],

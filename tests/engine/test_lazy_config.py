@@ -30,6 +30,8 @@ def arguments(config, *opts, resume=False, eval_only=False):
 
 @pytest.mark.parametrize("options, message", [
     (["train.max_itr=5"], r"train.max_itr is unknown \(did you mean max_iter\?\)"),
+    (["train.max_iter", "5"], "train.max_iter has no value: write KEY=VALUE"),
+    (["train.max_iter=5", "--resume"], "--resume comes after the first key: put it before the keys"),
     (["train.max_iter=0"], "train.max_iter is 0: give a whole number of at least 1"),
     (["train.checkpointer.period=0"], "train.checkpointer.period is 0"),
     (["train.init_checkpoint=no.pth"], "train.init_checkpoint is 'no.pth', which does not exist"),
@@ -76,8 +78,14 @@ def test_missing_packages(config, monkeypatch):
 
 
 def test_missing_file_and_evaluation_without_weights(config, tmp_path):
-    with pytest.raises(ConfigError, match="--config-file is .*no.py', which does not exist"):
+    with pytest.raises(ConfigError, match="--config-file is .*no.py', which is no file: correct"):
         check(arguments(tmp_path / "no.py"))
+    with pytest.raises(ConfigError, match="--config-file is missing: name one, such as .*2x.py"):
+        check(arguments(""))
+    with pytest.raises(
+        ConfigError, match=r"did you mean configs/lazy/mask_rcnn_R50_FPN_mabn_2x.py\?"
+    ):
+        check(arguments("lazy/mask_rcnn_R50_FPN_mabn.py"))
     with pytest.raises(ConfigError, match="train.init_checkpoint is '', but --eval-only needs"):
         check(arguments(config, eval_only=True))
 
