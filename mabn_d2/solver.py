@@ -65,9 +65,6 @@ def get_default_optimizer_params(
     return reduce_param_groups(each)
 
 
-# Its name in LazyConfig files that were written before Detectron2's own function was replaced.
-get_optimizer_params = get_default_optimizer_params
-
 OPTIMIZERS = ("SGD", "ADAMW")
 
 
@@ -102,8 +99,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {name!r}: use one of {', '.join(OPTIMIZERS)}")
     clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED:
+        # GradScaler would leave the unscaling to a fused step, after the clipping.
+        optimizer._step_supports_amp_scaling = False
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-        # Before every step, GradScaler's too, which has unscaled the gradients by then.
         params = [param for group in optimizer.param_groups for param in group["params"]]
 
         def clip_full_model(

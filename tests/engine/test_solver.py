@@ -84,6 +84,25 @@ def test_gradient_clipping(kind):
 
 
 @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+@pytest.mark.parametrize("kind", ["value", "norm", "full_model"])
+def test_clipping_of_scaled_gradients(kind, name):
+    """A trainer that leaves the unscaling to GradScaler.step, as Detectron2's AMPTrainer."""
+    after = []
+    for scale in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        cfg, model = setup(BASE_LR=1.0, WEIGHT_DECAY=0.0, MOMENTUM=0.0, OPTIMIZER=name)
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, kind, 1.0
+        optimizer = build_optimizer(cfg, model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        params = [p for p in model.parameters() if p.requires_grad]
+        scaler.scale(sum((0.01 * p).sum() for p in params)).backward()
+        scaler.step(optimizer)
+        after.append([p.detach() for p in params])
+    torch.testing.assert_close(*after)
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
 def test_steps_of_the_fused_kernels(digits_cfg, name):
     """They are the steps of torch's plain loop, and a checkpoint of the other kernels goes on."""
     digits_cfg.SOLVER.OPTIMIZER = name
