@@ -1,14 +1,15 @@
 """Converts checkpoints: classifiers and detectors to Detectron2, MABN to stock norms."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import CheckpointError
 from ..config_files import find_config_file
+from ..engine import one_line_errors
 from ..engine.convert_file import convert_file
 from ..surgery.fold import INTO
 
@@ -56,11 +57,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert; an error is one line and exit status 1."""
     args = parse_args(arguments)
-    setup_logger(name="mabn_d2")
-    try:
-        convert_file(args)
-    except CheckpointError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout has the config that "fold" prints
+        setup_logger(name="mabn_d2")
+    convert_file(args)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..classification.models import norm_names
 from ..classification.sweep import run_sweep
+from ..engine import one_line_errors
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,17 +45,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors(BrokenProcessPool, OSError, ValueError)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and draw; a failed run is one line and exit status 1."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    name = Path(sys.argv[0]).name
     try:
         failed = run_sweep(parse_args(arguments))
-    except (BrokenProcessPool, OSError, ValueError) as error:
-        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if failed:
         sys.exit(
-            f"{name}: {len(failed)} runs failed, start again to repeat them: " + "; ".join(failed)
+            f"{Path(sys.argv[0]).name}: {len(failed)} runs failed, start again to repeat them: " + "; ".join(failed)
         )

@@ -1,6 +1,8 @@
 """Detectron2's training samplers, with a seed, so that a resumed run draws the same images."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -33,12 +35,22 @@ def check_sampler(cfg: CfgNode) -> None:
         )
     if name.startswith("Weighted"):
         names, given = cfg.DATASETS.TRAIN, cfg.DATASETS.TRAIN_REPEAT_FACTOR
-        if not given or not all(len(p) == 2 and p[0] in names and p[1] > 0 for p in given):
+        if not given or not all(_is_repeat_factor(pair, names) for pair in given):
             raise DataError(
                 f"DATASETS.TRAIN_REPEAT_FACTOR is {given!r}: give pairs of a dataset of "
                 f"DATASETS.TRAIN ({', '.join(names)}) and a positive number, such as "
                 f"[[{names[0]!r}, 2.0]]"
             )
+
+
+def _is_repeat_factor(pair: Any, names: Sequence[str]) -> bool:
+    return (
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and pair[0] in names
+        and isinstance(pair[1], (int, float))
+        and 0 < pair[1] < math.inf
+    )
 
 
 def build_sampler(cfg: CfgNode, sets: list[tuple[str, list[dict]]], seed: int) -> Iterable[int]:

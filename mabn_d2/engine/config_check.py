@@ -1,4 +1,4 @@
-"""What would fail late in a run, or not fail and be wrong, is found in the config before it starts."""
+"""Checks a config before a run, for errors that would appear late or not at all."""
 
 from collections.abc import Iterator
 
@@ -21,12 +21,41 @@ GPU_ONLY = ("SyncBN", "nnSyncBN")
 
 
 def check_config(cfg: CfgNode, workers: int = 1, resume: bool = False, train: bool = True) -> None:
-    """Raise ConfigError for what would fail later, or would not fail and be wrong.
+    """Check the settings, the output folder and the file of weights of a run.
 
     Args:
         workers: training processes on all machines.
         resume: weights come from OUTPUT_DIR if a checkpoint is there.
         train: False where the config is for evaluation only.
+    Raises:
+        ConfigError: naming the key, its value and the remedy.
+    """
+    check_settings(cfg, workers, train)
+    if train:
+        _check_output(cfg, resume)
+    weights = cfg.MODEL.WEIGHTS
+    resumes = resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")
+    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
+        raise ConfigError(
+            f"MODEL.WEIGHTS is {weights!r}, which does not exist: "
+            + (
+                "download R50-wc.pth, the ImageNet weights of the MABN authors "
+                "(https://github.com/megvii-model/MABN), and run tools/convert_weights.py "
+                f"imagenet R50-wc.pth {weights}"
+                if weights.endswith("R50-wc.pth")
+                else "correct the path, or set it to '' to start from random weights"
+            )
+        )
+
+
+def check_settings(cfg: CfgNode, workers: int = 1, train: bool = True) -> None:
+    """Check the values of a config against each other; no file is read.
+
+    Args:
+        workers: training processes on all machines.
+        train: False where the config is for evaluation only.
+    Raises:
+        ConfigError: naming the key, its value and the remedy.
     """
     check_values(cfg, train)
     images, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
@@ -79,21 +108,6 @@ def check_config(cfg: CfgNode, workers: int = 1, resume: bool = False, train: bo
                     f"{did_you_mean(name, DatasetCatalog.list())}: use one of "
                     f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
                 )
-    if train:
-        _check_output(cfg, resume)
-    weights = cfg.MODEL.WEIGHTS
-    resumes = resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")
-    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
-        raise ConfigError(
-            f"MODEL.WEIGHTS is {weights!r}, which does not exist: "
-            + (
-                "download R50-wc.pth, the ImageNet weights of the MABN authors "
-                "(https://github.com/megvii-model/MABN), and run tools/convert_weights.py "
-                f"imagenet R50-wc.pth {weights}"
-                if weights.endswith("R50-wc.pth")
-                else "correct the path, or set it to '' to start from random weights"
-            )
-        )
 
 
 def _check_output(cfg: CfgNode, resume: bool) -> None:

@@ -104,6 +104,8 @@ def _check_pairs(opts: Sequence[Any], defaults: CfgNode) -> None:
             raise ConfigError(
                 f"{key} is one word: write the key and the value as two, {name} {after}"
             )
+        if above := next((known for known in keys if key.startswith(f"{known}.")), None):
+            raise ConfigError(f"{key} is no config key: {above} is a value, write {above} {value}")
         if len(opts) % 2 and (value is None or str(value) in keys):
             raise ConfigError(f"{key} has no value: write KEY VALUE")
 

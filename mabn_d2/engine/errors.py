@@ -23,15 +23,30 @@ class ConfigError(ValueError):
         super().__init__(one_line(message))
 
 
-ONE_LINE = (ConfigError, DataError, BadImageError, CheckpointError, ExportError)
+class DivergedError(FloatingPointError):
+    """Gradients that stay not finite: one line that says what to change."""
+
+
+ONE_LINE: tuple[type[Exception], ...] = (
+    ConfigError,
+    DataError,
+    BadImageError,
+    CheckpointError,
+    DivergedError,
+    ExportError,
+)
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exit with the program's name and the message; with MABN_D2_TRACEBACK=1, raise as usual."""
+def one_line_errors(*others: type[Exception]) -> Iterator[None]:
+    """Exit with the program's name and the message; with MABN_D2_TRACEBACK=1, raise as usual.
+
+    Args:
+        others: further exceptions that are a user's to correct.
+    """
     try:
         yield
-    except ONE_LINE as error:
+    except (*ONE_LINE, *others) as error:
         if os.environ.get("MABN_D2_TRACEBACK", "0") != "0":
             raise
         if getattr(error, "said_elsewhere", False):  # by another process of this run
@@ -43,14 +58,14 @@ def on_one_rank(function: Callable[[], Any]) -> None:
     """Call `function` in the first process of each machine, while the others wait.
 
     Raises:
-        ConfigError, ...: where `function` raised it first.
+        Exception: where `function` raised it first.
         SystemExit: in all other processes, so that an error is said once.
     """
     error: Exception | None = None
     if comm.get_local_rank() == 0:
         try:
             function()
-        except ONE_LINE as raised:
+        except Exception as raised:  # of any kind: the others would wait for ever
             error = raised
     failed = comm.all_gather(error is not None)
     if not any(failed):

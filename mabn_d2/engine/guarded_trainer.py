@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.batches import micro_batches
 from ..data.seeding import mix
 from ..layers import MABN2d
+from .errors import DivergedError
 from .resume import parameter_names, with_current_settings
 
 # What Detectron2's RetinaNet and FCOS average over the iterations; their state dicts lack it.
@@ -59,8 +60,8 @@ class GuardedTrainer(SimpleTrainer):
     - If any gradient of an iteration is not finite, no parameter moves, and the scalar
       `rejected_batches` is increased. Gradients are checked after their average over the ranks, so
       that all ranks decide the same; one bad micro-batch rejects the whole iteration. The statistics
-      of MABN are another matter: each micro-batch whose statistics are finite counts, each other one
-      does not, in a rejected iteration too.
+      of MABN follow another rule: even in a rejected iteration, micro-batches with finite statistics
+      are counted, and the others are not.
     - With `amp`, forwards run in float16 on CUDA, under a GradScaler, and elsewhere in bfloat16, which
       needs none. MABN's gradient windows hold statistics of scaled gradients, so they are rescaled
       when the scale changes.
@@ -103,7 +104,7 @@ class GuardedTrainer(SimpleTrainer):
         """Take one optimizer step, or none if gradients are not finite.
 
         Raises:
-            FloatingPointError: after MAX_REJECTED rejected iterations in a row.
+            DivergedError: after MAX_REJECTED rejected iterations in a row.
         """
         start = time.perf_counter()
         data = next(self._data_loader_iter)
@@ -114,7 +115,7 @@ class GuardedTrainer(SimpleTrainer):
 
         self.grad_scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.params if p.grad is not None]
-        # The iteration's only host synchronization apart from those of the metrics.
+        # The iteration's only host synchronization apart from those of the metrics and the scaler.
         if torch.stack(torch._foreach_norm(grads)).isfinite().all().item():
             self._write_metrics(losses, data_time)
             self.rejected_in_a_row = 0
@@ -166,7 +167,11 @@ class GuardedTrainer(SimpleTrainer):
         message = f"gradients are not finite at iteration {self.iter}, losses {values}"
         logging.getLogger(__name__).warning(f"{message}: this batch is skipped")
         if self.rejected_in_a_row >= MAX_REJECTED:
-            raise FloatingPointError(f"{message}, the {MAX_REJECTED}th batch in a row")
+            raise DivergedError(
+                f"{message}, the {MAX_REJECTED}th batch in a row: lower SOLVER.BASE_LR, lengthen "
+                "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True (in a LazyConfig the "
+                "same of optimizer and lr_multiplier)"
+            )
 
     def _rescale(self, factor: float) -> None:
         if factor != 1 and self.norms:

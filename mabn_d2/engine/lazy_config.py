@@ -13,27 +13,35 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig
+from torch import nn
 
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
+from ..modeling.norm_table import NORMS
 from ..safe_yaml import load_as_data
 from .config_reader import check_config_file, check_no_flags
 from .errors import ConfigError, did_you_mean, one_line
 from .evaluators import missing_package
 from .hooks.best_checkpoint import TASKS, task_of
+from .hooks.log_statistics import LogStatistics
 from .launch import count_processes
 from .lazy_data import can_be_seeded, is_dataset_mapper, target
 from .model_check import build_errors, check_weights, quiet
 from .resume import check_output_folder, differences
 
-# Keys of `train`: Detectron2's, those that its default_setup reads, and this package's.
+# Keys of `train`: Detectron2's, those that its default_setup reads, and this package's; besides, each
+# norm of `NORMS` has its settings there.
 TRAIN_KEYS = {
     "output_dir", "init_checkpoint", "max_iter", "amp", "ddp", "checkpointer", "eval_period",
     "log_period", "device", "seed", "cudnn_benchmark",
-    "mabn", "brn", "statistics", "accumulation_steps", "convert_weights", "bad_input",
+    "statistics", "accumulation_steps", "convert_weights", "bad_input",
     "validation_loss", "best_metric", "early_stopping_patience", "pictures",
 }  # fmt: skip
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+_NEEDED = (
+    "output_dir", "init_checkpoint", "max_iter", "amp", "ddp", "checkpointer", "eval_period",
+    "log_period", "device",
+)  # fmt: skip
 _AT_LEAST = {"max_iter": 1, "log_period": 1, "eval_period": 0}
 # What must be the same in a run that is resumed, and why.
 _MUST_STAY = {
@@ -98,6 +106,8 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
         )
     with build_errors(cfg.model, "model."), torch.device("meta"), quiet():
         model = instantiate(cfg.model)
+    if train and "statistics" in cfg.train:
+        _check_statistics(model, cfg.train.statistics)
     check_weights(
         model, weights, folder, args.resume, train, cfg.train.get("convert_weights", False),
         key="train.init_checkpoint",
@@ -105,13 +115,14 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
 
 
 def _check_train(train: DictConfig) -> None:
+    known = TRAIN_KEYS | {name.lower() for name in NORMS}
     for key in map(str, train):
-        if key not in TRAIN_KEYS:
+        if key not in known:
             raise ConfigError(
-                f"train.{key} is unknown{did_you_mean(key, TRAIN_KEYS)}: nothing reads it; use one of "
-                f"{', '.join(sorted(TRAIN_KEYS))}"
+                f"train.{key} is unknown{did_you_mean(key, known)}: nothing reads it; use one of "
+                f"{', '.join(sorted(known))}"
             )
-    for key in ("output_dir", "max_iter", "eval_period", "log_period", "checkpointer"):
+    for key in _NEEDED:
         if key not in train:
             raise ConfigError(f"train.{key} is missing: give it a value")
     for key, least in _AT_LEAST.items():
@@ -128,6 +139,20 @@ def _check_train(train: DictConfig) -> None:
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f'train.device is {train.device!r}, which torch does not know: use "cuda" or "cpu"'
+        ) from error
+    for name, row in NORMS.items():
+        try:
+            row.layer(1, **train.get(name.lower(), {}), device="meta")  # checks the values
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"train.{name.lower()}: {one_line(error)}: correct it") from error
+
+
+def _check_statistics(model: nn.Module, settings: DictConfig) -> None:
+    try:
+        LogStatistics(model, **settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"train.statistics: {one_line(error)}: correct it, or take train.statistics out"
         ) from error
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..checkpoint import CheckpointError, SafeCheckpointer
 from ..modeling.norm import build_model
 from .errors import ConfigError, one_line
+from .hooks.log_statistics import norms_to_watch
 
 _checked: set[tuple[str, bool, bool]] = (
     set()
@@ -34,6 +35,13 @@ def check_model(cfg: CfgNode, resume: bool = False, train: bool = True) -> None:
         return
     model = build_without_data(cfg)
     if model is not None:
+        if train and cfg.MODEL.MABN.LOG_PERIOD > 0:
+            try:
+                norms_to_watch(model, cfg.MODEL.MABN.LOG_LAYERS)
+            except ValueError as error:
+                raise ConfigError(
+                    f"MODEL.MABN.LOG_LAYERS: {error}: correct it, or set MODEL.MABN.LOG_PERIOD 0"
+                ) from error
         weights, convert = cfg.MODEL.WEIGHTS, cfg.MODEL.MABN.CONVERT_WEIGHTS
         check_weights(model, weights, cfg.OUTPUT_DIR, resume, train, convert)
     _checked.add(key)

@@ -20,10 +20,11 @@ from torch import nn
 from ..checkpoint import CheckpointError
 from ..checkpoint.record import SAME_WITH_MABN
 from ..modeling.norm import NORM
+from ..modeling.norm_table import NORMS
 from .errors import ConfigError, one_line
 
-# What must be the same for a checkpoint to fit; schedules of norms may change.
-MODEL_MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.MABN.", "MODEL.BRN.")
+# MODEL must stay the same for a checkpoint to fit, but for these keys and the settings of norms.
+MODEL_MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE")
 # Keys that may not change besides, and why.
 MUST_STAY = {
     "SOLVER.OPTIMIZER": "the checkpoint has no state of the other optimizer",
@@ -90,9 +91,8 @@ def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:
     changes = {key: (was, now) for key, was, now in differences(old, new)}
     if set(changes.get("MODEL.BACKBONE.NAME", ())) == SAME_WITH_MABN and cfg.MODEL.FPN.NORM == NORM:
         del changes["MODEL.BACKBONE.NAME"]
-    model = [
-        key for key in changes if key.startswith("MODEL.") and not key.startswith(MODEL_MAY_CHANGE)
-    ]
+    may_change = (*MODEL_MAY_CHANGE, *(f"MODEL.{name}." for name in NORMS))
+    model = [key for key in changes if key.startswith("MODEL.") and not key.startswith(may_change)]
     if model:
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} holds a run with other {', '.join(model[:5])}: name "

@@ -27,6 +27,7 @@ from ..modeling.norm_table import norm_settings
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
 from ..visualization import prediction_pictures
+from .config_check import check_settings
 from .data_check import check_data
 from .errors import on_one_rank
 from .evaluators import build_evaluator
@@ -59,7 +60,6 @@ from .resume import (
 )
 from .schedule import finalize_schedule, log_schedule
 from .validation_loss import build_validation_loader, validation_losses
-from .value_check import check_values
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Trainer(DefaultTrainer):
         check_data(cfg, evaluators=build is ours)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         finalize_schedule(cfg)
-        check_values(cfg)
+        check_settings(cfg, comm.get_world_size())
         log_schedule(cfg)
         with build_errors(cfg.MODEL):
             model = self.build_model(cfg)

@@ -61,7 +61,7 @@ CHOICES = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
-    "MODEL.RESNETS.DEPTH": (10, 18, 26, 34, 50, 101, 152),
+    "MODEL.RESNETS.DEPTH": (10, 18, 34, 50, 101, 152),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
     "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLERS,

@@ -13,6 +13,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from ..config import AUTO
@@ -67,10 +68,11 @@ def norm_settings(cfg: CfgNode) -> dict[str, Any]:
         batch_size = max(cfg.SOLVER.IMS_PER_BATCH // micro_batches, 1)
         wanted, simulated = simulated, math.ceil(simulated / batch_size) * batch_size
         if simulated != wanted:
-            logging.getLogger(__name__).warning(
+            message = (
                 f"MODEL.MABN.SIMULATED_BATCH_SIZE is {wanted}, not a multiple of the {batch_size} "
                 f"images of one GPU: the window spans {simulated}"
             )
+            log_first_n(logging.WARNING, message, key="message", name=__name__)
     elif simulated % batch_size:
         raise ValueError(
             f"MODEL.MABN.BATCH_SIZE ({batch_size}) does not divide MODEL.MABN."

@@ -21,6 +21,7 @@ from mabn_d2.data import BadAnnotationError, mapper
 from mabn_d2.data.loader import build_test_loader, build_train_loader
 from mabn_d2.data.mapper import BadImageError
 from mabn_d2.engine import ConfigError, Trainer, check_config, check_data, guarded_trainer
+from mabn_d2.engine.errors import DivergedError
 from mabn_d2.layers import MABN2d
 from paths import ROOT
 
@@ -126,7 +127,7 @@ def test_nothing_but_nan_ends_the_run(digits_cfg, monkeypatch):
     monkeypatch.setattr(guarded_trainer, "MAX_REJECTED", 3)
     trainer = Trainer(digits_cfg)
     inject(trainer, range(50), poison)
-    with pytest.raises(FloatingPointError, match="3th batch in a row"):
+    with pytest.raises(DivergedError, match="3th batch in a row: lower SOLVER.BASE_LR"):
         trainer.train()
     assert trainer.iter == 2
 

@@ -45,6 +45,10 @@ def arguments(config, *opts, resume=False, eval_only=False):
     (["+train.early_stopping_patience=2"], "patience is 2, which needs train.best_metric and"),
     (["+train.early_stopping_patience=2", "+train.best_metric=auto", "train.eval_period=0"],
      "train.eval_period, which are 'auto' and 0"),
+    (["train.mabn.momentum=7"], "train.mabn: .*momentum"),
+    (["+train.mabn.warmup_iter=3"], "train.mabn: .*warmup_iter"),
+    (["+train.statistics.perod=20"], "train.statistics: .*perod"),
+    (["+train.statistics.period=20", "+train.statistics.layers=[stem]"], "train.statistics: 'stem'"),
     (["model.roi_heads.num_clases=3"], "no model can be built from the config.*num_clases"),
     (["model.backbone.bottom_up.stem.norm=MABM"], "MABM"),
 ])  # fmt: skip
@@ -52,6 +56,12 @@ def test_mistakes(config, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message) as error:
         check(arguments(config, *options))
     assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
+
+
+def test_missing_key(config):
+    config.write_text(f"{config.read_text()}\ndel train.amp\n")
+    with pytest.raises(ConfigError, match="train.amp is missing: give it a value"):
+        check(arguments(config))
 
 
 def test_missing_packages(config, monkeypatch):

@@ -1,5 +1,7 @@
 """A norm that is added to the table is found by everything that looks norms up."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -12,6 +14,8 @@ from mabn_d2.benchmark.norms import choose_norms, detectron2_norms, known_norms,
 from mabn_d2.classification.models import build_classifier, norm_names
 from mabn_d2.engine.config_check import ConfigError, check_config
 from mabn_d2.engine.hooks.log_statistics import LogStatistics
+from mabn_d2.engine.lazy_trainer import check
+from mabn_d2.engine.resume import check_same_run
 from mabn_d2.modeling.norm_table import (
     NORMS,
     NormType,
@@ -19,6 +23,7 @@ from mabn_d2.modeling.norm_table import (
     set_num_groups,
 )
 from mabn_d2.solver import build_optimizer
+from paths import ROOT
 
 
 class ToyNorm(nn.Module):
@@ -89,6 +94,22 @@ def test_config_check(toy_cfg):
     toy_cfg.MODEL.TOY.FACTOR = -1.0
     with pytest.raises(ConfigError, match="MODEL.TOY: factor is out of range: -1.0"):
         check_config(toy_cfg)
+
+
+def test_resume_with_other_settings(toy_cfg):
+    text = toy_cfg.dump()
+    toy_cfg.MODEL.TOY.FACTOR = 0.25
+    assert check_same_run(toy_cfg, text, "the config") == ["MODEL.TOY.FACTOR 0.5 -> 0.25"]
+
+
+def test_lazy_config(toy, tmp_path):
+    arguments = Namespace(
+        config_file=str(ROOT / "configs/lazy/scratch_mask_rcnn_R50_FPN_mabn_2x.py"),
+        opts=[f"train.output_dir={tmp_path / 'output'}", "+train.toy.factor=-1"],
+        num_gpus=0, num_machines=1, resume=False, eval_only=False,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="train.toy: factor is out of range: -1"):
+        check(arguments)
 
 
 def test_classifier_and_benchmark(toy):

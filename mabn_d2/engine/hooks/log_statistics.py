@@ -1,6 +1,7 @@
 """What the norms see while they train: batch statistics beside their moving averages."""
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ...layers import MABN2d, functional
 from ...layers.mabn import Statistics
-from ...modeling.norm_table import norm_layers
+from ...modeling.norm_table import NORMS, norm_layers
 
 
 class Moving:
@@ -65,6 +66,29 @@ def forward_order(name: str) -> tuple[bool, bool]:
     return "bottom_up" not in parts, "stem" not in parts
 
 
+def norms_to_watch(model: nn.Module, layers: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Return {name: layer} of the norms that `layers` names; by default the first, middle and last.
+
+    Raises:
+        ValueError: for a name that is not a BatchNorm layer, or one of `NORMS`, in the model, or if the
+            model has none.
+    """
+    kinds: tuple[type[nn.Module], ...] = (*norm_layers(), nn.modules.batchnorm._BatchNorm)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if not norms:
+        raise ValueError(f"the model has no {', '.join(NORMS)} or BatchNorm layer to watch")
+    for name in layers:
+        if name not in norms:
+            close = get_close_matches(name, norms, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"{name!r} is none of the {len(norms)} {', '.join(NORMS)} and BatchNorm layers of the "
+                f"model (did you mean {close}?)"
+            )
+    names = sorted(norms, key=forward_order)
+    names = list(layers) or [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+    return {name: norms[name] for name in names}
+
+
 class LogStatistics(HookBase):
     r"""Writes the statistics of some norms to the event storage every `period` iterations.
 
@@ -88,7 +112,7 @@ class LogStatistics(HookBase):
         window, momentum: m and a of the averages over BatchNorm's statistics.
         grad_scaler: what the loss is scaled by, if it is.
     Raises:
-        ValueError: for a name that is not a BatchNorm layer, or one of `NORMS`, in the model.
+        ValueError: as `norms_to_watch`.
     """
 
     def __init__(
@@ -100,19 +124,7 @@ class LogStatistics(HookBase):
         momentum: float = 0.98,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        kinds: tuple[type[nn.Module], ...] = (*norm_layers(), nn.modules.batchnorm._BatchNorm)
-        norms = {
-            name: module for name, module in model.named_modules() if isinstance(module, kinds)
-        }
-        wrong = [name for name in layers if name not in norms]
-        if wrong or not norms:
-            raise ValueError(
-                f"no MABN, BRN or BatchNorm layer to watch is named {wrong[0] if wrong else '...'!r}; "
-                f"there are {', '.join(norms) or 'none: switch the logging off'}"
-            )
-        names = sorted(norms, key=forward_order)
-        names = list(layers) or [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
-        self.layers = {name: norms[name] for name in names}
+        self.layers = norms_to_watch(model, layers)
         self.period, self.window, self.momentum = period, window, momentum
         self.grad_scaler = grad_scaler
 
