@@ -101,7 +101,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED:
         # GradScaler would leave the unscaling to a fused step, after the clipping.
-        optimizer._step_supports_amp_scaling = False
+        vars(optimizer)["_step_supports_amp_scaling"] = False
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         params = [param for group in optimizer.param_groups for param in group["params"]]
 

@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -19,14 +18,12 @@ from detectron2.data import (
 )
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_context
-from torch import nn
-
-matplotlib.use("Agg")  # draws into files; before pyplot, which Detectron2's Visualizer imports
-
-import matplotlib.pyplot as plt
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from torch import nn
+
+from .figures import new_figure, save_figure
 
 # Families for letters that matplotlib's own font lacks; those that are installed are used.
 FONTS = (
@@ -126,23 +123,25 @@ def draw_predictions(
     padded = [
         np.pad(c, ((0, height - len(c)), (0, 4), (0, 0)), constant_values=255) for c in columns
     ]
-    figure, axes = plt.subplots(figsize=(2 * len(columns), 4.4), layout="constrained")
+    figure, axes = new_figure(size=(2 * len(columns), 4.4))
     axes.imshow(np.concatenate(padded, axis=1))
     axes.set_title(f"{cfg.DATASETS.TEST[0]}: truth above, predictions (score >= {min_score}) below")
     axes.set_axis_off()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def read_metrics(folder: str | PathLike) -> list[dict[str, float]]:
     """Return the records of `folder`/metrics.json, one for each iteration, in their order.
 
     A run that was killed and resumed has written some iterations twice: later values replace earlier
-    ones.
+    ones. A line that was cut when the run was killed is left out.
     """
     records: dict[int, dict[str, Any]] = {}
     for line in (Path(folder) / "metrics.json").read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
         records.setdefault(record["iteration"], {}).update(record)
     return [records[iteration] for iteration in sorted(records)]
 
@@ -164,7 +163,7 @@ def plot_run(folder: str | PathLike, path: str | PathLike) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
-    figure, (losses, ap) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (losses, ap) = new_figure(1, 2, size=(11, 4))
     for name in sorted(name for name in names if "loss" in name and "/" not in name):
         plot(losses, name, name, linewidth=2 if name == "total_loss" else 1)
     for name in sorted(name for name in names if name.endswith("validation/total_loss")):
@@ -180,5 +179,4 @@ def plot_run(folder: str | PathLike, path: str | PathLike) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from ..checkpoint.io import atomic_file
+from ..code_version import commit
 
 
 def _host_seconds(clock: Callable[[], float], run: Callable[[], object]) -> float:
@@ -110,13 +112,11 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def describe(device: str) -> dict:
     """Return the machine, versions and commit, which a result depends on."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     machine = {"processor": _processor(), "cores": os.cpu_count()}
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"machine": machine, "versions": versions, "commit": commit or "unknown"}
+    return {"machine": machine, "versions": versions, "commit": commit() or "unknown"}
 
 
 def _processor() -> str:
@@ -130,4 +130,5 @@ def write_json(report: dict, path: str | Path) -> None:
     """Write a report as JSON; its folder is made if it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    with atomic_file(path) as file:
+        file.write(f"{json.dumps(report, indent=1)}\n".encode())

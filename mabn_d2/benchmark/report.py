@@ -30,17 +30,13 @@ def table(results: Sequence[dict]) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Draw time against size, and the ratios to the baseline, of all rows of a report."""
-    import matplotlib
+    from ..figures import new_figure, save_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, size=(11, 4.2))
     rows, norms = report["results"], report["settings"]["norms"]
     _plot_times(left, rows, norms)
     _plot_ratios(right, rows, norms)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def _plot_times(axis: "Axes", rows: list[dict[str, Any]], norms: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -268,6 +268,8 @@ def _sync_folder(folder: Path) -> None:
     if os.name == "posix":  # elsewhere a folder can't be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            # The file is whole in any case; some network file systems can't do this.
+            with suppress(OSError):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)

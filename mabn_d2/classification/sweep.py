@@ -5,7 +5,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import zlib
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.io import atomic_file
+from ..code_version import commit
 from .arguments import parse_args
 from .digit_crops import make_digit_crops
 from .sweep_report import draw, table
@@ -102,16 +102,6 @@ def settings(args: Namespace, norm: str) -> list[str]:
         return ["--data", args.data, *args.rest]
     options = [f"--norm-option={name}={n}" for name, n in DIGITS_OPTIONS.get(norm, {}).items()]
     return ["--data", DIGITS_FOLDER, *DIGITS, *options, *args.rest]
-
-
-def commit() -> str:
-    """Return the commit of this code, with a + if files differ from it; "" without git."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
 
 
 def missing_runs(args: Namespace, rows: Sequence[dict[str, str]], path: Path) -> list[RunArguments]:

@@ -5,15 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.ticker import ScalarFormatter
 from tabulate import tabulate
 
-from ..checkpoint.io import atomic_file
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
-
+from ..figures import new_figure, save_figure
 from .models import norm_names
 
 # Top-1 error, %, ImageNet, ResNet-50 (the paper's table).
@@ -49,7 +44,7 @@ def table(rows: Rows) -> str:
             s: f"{mean:.1f}" + f" ± {std:.1f}" * (n > 1) for s, (mean, std, n) in points.items()
         }
         if norm == "gn":
-            lines.append(["GN, which knows no batch", cells[0]])
+            lines.append(["GN (no normalization batch)", cells[0]])
         else:
             lines.append([norm.upper(), *(cells.get(size) for size in sizes)])
     return tabulate(lines, ["normalization batch", *sizes], "github", disable_numparse=True)
@@ -57,8 +52,8 @@ def table(rows: Rows) -> str:
 
 def draw(rows: Rows, path: Path, title: str) -> None:
     """Draw mean and sample standard deviation over the seeds against the normalization batch."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = dict(zip(norm_names(), plt.rcParams["axes.prop_cycle"].by_key()["color"]))
+    figure, axes = new_figure()
+    colours = dict(zip(norm_names(), matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]))
     sizes = sorted({int(row["norm_batch"]) for row in rows})
     for norm, points in sorted(summary(rows).items()):
         if norm == "gn":
@@ -78,6 +73,4 @@ def draw(rows: Rows, path: Path, title: str) -> None:
     axes.set_ylim(0, None)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

@@ -55,5 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
     if failed:
         sys.exit(
-            f"{Path(sys.argv[0]).name}: {len(failed)} runs failed, start again to repeat them: " + "; ".join(failed)
+            f"{Path(sys.argv[0]).name}: {len(failed)} runs failed, start again to repeat them: "
+            + "; ".join(failed)
         )

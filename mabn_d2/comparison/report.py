@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from matplotlib.image import imread
 from tabulate import tabulate
 
 from ..checkpoint.io import atomic_file
-from ..visualization import plt, read_metrics
+from ..figures import new_figure, save_figure
+from ..visualization import read_metrics
 from .runs import METRICS
 
 NAMES = [f"{task} {ap}" for task, ap in METRICS]
@@ -47,7 +49,7 @@ def write_table(results: Results, path: Path) -> None:
 
 def plot_curves(folders: Mapping[str, Sequence[str]], path: Path) -> None:
     """Plot the total loss and AP of {row: [folder of a run, ...]} against iterations."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = new_figure(1, 3, size=(13, 4))
     names = (("total_loss", "loss"), ("bbox/AP", "box AP (%)"), ("segm/AP", "mask AP (%)"))
     for number, (row, runs) in enumerate(folders.items()):
         for k, records in enumerate(map(read_metrics, runs)):
@@ -59,17 +61,14 @@ def plot_curves(folders: Mapping[str, Sequence[str]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set_yscale("log")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path, dpi=90)
 
 
 def draw_predictions_of_rows(configs: Mapping[str, CfgNode], path: Path) -> None:
     """Draw the predictions of one run of each row, one below the other."""
-    size = (8, 3.4 * len(configs))
-    figure, axes = plt.subplots(len(configs), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(len(configs), size=(8, 3.4 * len(configs)), squeeze=False)
     for axis, (row, cfg) in zip(axes.flat, configs.items(), strict=True):
-        axis.imshow(plt.imread(Path(cfg.OUTPUT_DIR) / "predictions.png"))
+        axis.imshow(imread(Path(cfg.OUTPUT_DIR) / "predictions.png"))
         axis.set_title(row)
         axis.set_axis_off()
-    figure.savefig(path, dpi=60)
-    plt.close(figure)
+    save_figure(figure, path, dpi=60)

@@ -149,7 +149,7 @@ def _check_train(train: DictConfig) -> None:
 
 def _check_statistics(model: nn.Module, settings: DictConfig) -> None:
     try:
-        LogStatistics(model, **settings)
+        LogStatistics(model, **{str(name): value for name, value in settings.items()})
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train.statistics: {one_line(error)}: correct it, or take train.statistics out"

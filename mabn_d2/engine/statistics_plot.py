@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..visualization import plt, read_metrics
+from ..figures import new_figure, picture_formats, save_figure
+from ..visualization import read_metrics
 from .errors import ConfigError
 from .hooks.log_statistics import forward_order
 
@@ -29,14 +30,8 @@ def read_statistics(run: str) -> dict[str, dict[str, dict[str, list[tuple[float,
 def plot(columns: Sequence[tuple[str, Mapping]], output: str) -> None:
     """Draw [(title, {statistic: {kind: series}}), ...] into the picture `output`."""
     rows = max(len(statistics) for _, statistics in columns)
-    figure, axes = plt.subplots(
-        rows,
-        len(columns),
-        figsize=(5 * len(columns), 2 * rows),
-        squeeze=False,
-        layout="constrained",
-        sharex=True,
-    )
+    size = (5 * len(columns), 2 * rows)
+    figure, axes = new_figure(rows, len(columns), size, squeeze=False, sharex=True)
     for column, (title, statistics) in zip(axes.T, columns, strict=True):
         column[0].set_title(title, fontsize=9)
         for axis in column[len(statistics) :]:
@@ -48,8 +43,7 @@ def plot(columns: Sequence[tuple[str, Mapping]], output: str) -> None:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
         column[len(statistics) - 1].set_xlabel("iteration")
-    figure.savefig(output, dpi=100)
-    plt.close(figure)
+    save_figure(figure, output)
 
 
 def short_names(runs: Sequence[str]) -> list[str]:
@@ -72,8 +66,11 @@ def plot_statistics(runs: Sequence[str], layer: str | None, output: str) -> None
         output: the picture.
 
     Raises:
-        ConfigError: if a run has no statistics of the layer.
+        ConfigError: if a run has no statistics of the layer, or `output` has a suffix of no picture.
+        CheckpointError: if `output` can't be written.
     """
+    if Path(output).suffix.lstrip(".") not in picture_formats():
+        raise ConfigError(f"--output is {output!r}: end it in .png, .pdf or .svg")
     columns = []
     for run, short in zip(runs, short_names(runs), strict=True):
         try:

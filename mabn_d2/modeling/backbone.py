@@ -53,7 +53,9 @@ def build_mabn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec, norm: str) -> ResNet:
     node = cfg.MODEL.RESNETS
     basic = node.DEPTH < 50
-    _check(node.DEPTH in BLOCKS_PER_STAGE, cfg, "MODEL.RESNETS.DEPTH", f"one of {[*BLOCKS_PER_STAGE]}")
+    _check(
+        node.DEPTH in BLOCKS_PER_STAGE, cfg, "MODEL.RESNETS.DEPTH", f"one of {[*BLOCKS_PER_STAGE]}"
+    )
     _check(not any(node.DEFORM_ON_PER_STAGE), cfg, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "all False")
     _check(
         node.RES5_DILATION in ((1,) if basic else (1, 2)),

@@ -54,7 +54,9 @@ def run(*arguments):
 def test_fold_then_stock_detectron2(into, tmp_path):
     cfg = narrow_cfg()
     model = randomized(build_model(cfg))
-    cfg.SOLVER.IMS_PER_BATCH = 12  # in windows of 32: a warning, which is no part of the stock config
+    cfg.SOLVER.IMS_PER_BATCH = (
+        12  # in windows of 32: a warning, which is no part of the stock config
+    )
     # The config comes from the file, or from the checkpoint.
     (tmp_path / "config.yaml").write_text(cfg.dump())
     classes = [{"id": i + 1, "name": f"digit {i}"} for i in range(10)]

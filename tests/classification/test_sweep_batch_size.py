@@ -113,6 +113,6 @@ def test_a_stopped_sweep_goes_on(folder):
 
 def test_committed_table_is_that_of_the_runs():
     text = table(read_rows(COMMITTED))
-    assert text.splitlines()[2].split("|")[1:3] == [" BN                       ", " 51.4 ± 0.4 "]
+    assert text.splitlines()[2].split("|")[1:3] == [" BN                          ", " 51.4 ± 0.4 "]
     assert text in (ROOT / "docs/classification.md").read_text()
     assert (COMMITTED.parent / "table.md").read_text() == f"{text}\n"

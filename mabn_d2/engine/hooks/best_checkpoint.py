@@ -74,7 +74,7 @@ class BestCheckpoint(HookBase):
         """Go on from the best value of the run that is resumed."""
         found = None
         if comm.is_main_process() and self.trainer.start_iter > 0 and self.file.is_file():
-            found = Best(**json.loads(self.file.read_text()))
+            found = self._read()
         found = comm.all_gather(found)[0]
         if found is None:
             return
@@ -85,6 +85,16 @@ class BestCheckpoint(HookBase):
                 f"{self.key} is {self.best.metric!r}, {self.file.name} is of {found.metric!r}: "
                 "the best value so far is unknown, and the next evaluation replaces model_best.pth"
             )
+
+    def _read(self) -> Best | None:
+        try:
+            return Best(**json.loads(self.file.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            logging.getLogger(__name__).warning(
+                f"{self.file} can't be read ({error}): the best value so far is unknown, and the next "
+                "evaluation replaces model_best.pth"
+            )
+            return None
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
