@@ -21,7 +21,7 @@ from .coco_masks import (
     scan_masks,
     usable_polygons,
 )
-from .coco_parsing import read_json
+from .coco_parsing import is_text, read_json
 from .dataset_summary import DatasetSummary
 from .errors import BadAnnotationError
 
@@ -179,13 +179,13 @@ def _check_structure(content: Any, json_file: str) -> None:
             _check_ids(entries, key, name, json_file)
         ids = [entry["id"] for entry in entries]
         # Detectron2 exempts the files of this name, which COCO's 2014 split has: they repeat ids.
-        if len(set(ids)) < len(ids) and not (key == "annotations" and "minival" in json_file):
+        if len(set(ids)) < len(ids) and not (key == "annotations" and "minival" in os.path.basename(json_file)):
             repeated = [i for i, n in Counter(ids).items() if n > 1]
             raise BadAnnotationError(
                 f"{json_file}: {key} with the same id {repeated[:SHOWN]!r:.200}: ids must be unique"
             )
     for category in content["categories"]:
-        if not isinstance(category["name"], str):
+        if not is_text(category["name"]):
             raise BadAnnotationError(
                 f"{json_file}: categories {category['id']!r} has the name {category['name']!r:.80}, "
                 "which is no text: correct it"

@@ -33,6 +33,17 @@ def local_path(path: str) -> str:
     return path if os.path.isfile(path) else PathManager.get_local_path(path)
 
 
+def is_text(value: Any) -> bool:
+    """Return whether a value is text that can be written; half an emoji, "\\ud83d", can't."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_json(path: str) -> Any:
     """Return what a JSON file holds.
 

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..coco_parsing import is_text
 from ..errors import BadAnnotationError
 
 # Categories that stand for what is no object; tools write them although nothing is labelled so.
@@ -95,7 +96,7 @@ def _check(file: Path, coco: dict[str, Any]) -> None:
     ids = set()
     for category in coco["categories"]:
         id, name = category.get("id"), category.get("name")
-        if type(id) not in (int, str) or not isinstance(name, str):
+        if type(id) not in (int, str) or not is_text(name):
             raise BadAnnotationError(
                 f"{file}: a category has the id {id!r} and the name {name!r}: give it an integer and "
                 "a text"

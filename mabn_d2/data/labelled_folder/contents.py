@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,9 @@ def read_folder(
             "part named train"
         )
     coco = {key: read_coco(file) for key, file in files.items()}
+    rewritten = {key for key, file in files.items() if _with_whole_ids(coco[key]) | _is_encoded(file)}
     categories, changed, notes = unify_categories(files, coco, class_names)
+    changed |= rewritten
     parts = {
         key: _with_images(layout, key, content, key in changed) for key, content in coco.items()
     }
@@ -90,9 +94,35 @@ def read_coco(json_file: str | Path) -> dict[str, Any]:
     return content
 
 
+def _is_encoded(json_file: str | Path) -> bool:
+    """Return whether a JSON file is not plain UTF-8, which not every reader knows."""
+    with open(json_file, "rb") as file:
+        return json.detect_encoding(file.read(4)) != "utf-8"
+
+
+def _with_whole_ids(coco: dict[str, Any]) -> bool:
+    """Make ids such as 3.0 whole numbers, in place; return whether there are any."""
+    found = False
+    for key, names in (
+        ("images", ("id",)),
+        ("categories", ("id",)),
+        ("annotations", ("id", "image_id", "category_id")),
+    ):
+        for entry in coco[key]:
+            for name in names:
+                value = entry.get(name)
+                if type(value) is float and value.is_integer():
+                    entry[name], found = int(value), True
+    return found
+
+
 def image_hash(name: str) -> float:
-    """Return a number in [0, 1) that depends on the name alone, not on machine or process."""
+    """Return a number in [0, 1) that depends on the name alone, not on machine or process.
+
+    Roboflow's augmented copies of an image, NAME.rf.HASH.jpg, have the same number.
+    """
     text = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    text = re.sub(r"\.rf\.\w+(?=\.\w+$)", "", text)
     return (
         int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
         / 2**64
@@ -104,23 +134,18 @@ def _with_images(layout: Layout, key: str, coco: dict[str, Any], changed: bool) 
     part = layout.parts[key]
     images = [image for image in coco["images"] if isinstance(image.get("file_name"), str)]
     for root in part.image_roots:
-        if images and all(os.path.isfile(os.path.join(root, i["file_name"])) for i in images):
+        paths = [os.path.join(root, image["file_name"]) for image in images]
+        if images and all(map(os.path.isfile, paths)):
+            _refuse_shared(part.json_file, zip(images, map(os.path.normpath, paths), strict=True))
             return Contents(part.json_file, root, coco, changed)
 
-    finder, missing = ImageFinder(part.image_roots), []
-    entry_of: dict[str, str] = {}  # name of an image by its path
-    for image in images:
-        name = image["file_name"]
-        path = finder.find(name)
-        if path is None:
-            missing.append(name)
-            continue
-        other = entry_of.setdefault(os.path.realpath(path), name)
-        if other != name:
-            raise BadAnnotationError(
-                f"{part.json_file}: {other!r} and {name!r} would both be the image {path}: copy the "
-                "images with their folders"
-            )
+    finder = ImageFinder(part.image_roots, layout.folder, key)
+    found = [(image, finder.find(image["file_name"])) for image in images]
+    _refuse_shared(part.json_file, ((i, os.path.realpath(path)) for i, path in found if path))
+    missing = [image["file_name"] for image, path in found if path is None]
+    for image, path in found:
+        if path is None:  # where a message says that it was looked for
+            path = os.path.join(part.image_roots[0], image["file_name"])
         relative = os.path.relpath(path, layout.folder)
         image["file_name"] = os.path.abspath(path) if relative.startswith("..") else relative
     if images and len(missing) == len(images):
@@ -130,6 +155,23 @@ def _with_images(layout: Layout, key: str, coco: dict[str, Any], changed: bool) 
             f"is in {folders}: export with images, or copy them there"
         )
     return Contents(part.json_file, layout.folder, coco, True)
+
+
+def _refuse_shared(json_file: Path, images: Iterable[tuple[dict[str, Any], str]]) -> None:
+    """Refuse two entries for one image, each of which would have a part of its objects.
+
+    Args:
+        images: (entry, path) of each image.
+    """
+    entry_of: dict[str, dict[str, Any]] = {}
+    for image, path in images:
+        other = entry_of.setdefault(path, image)
+        if other is not image:
+            raise BadAnnotationError(
+                f"{json_file}: {other['file_name']!r} (id {other.get('id')!r}) and "
+                f"{image['file_name']!r} (id {image.get('id')!r}) would both be the image {path}: copy "
+                "the images with their folders, or merge the two entries"
+            )
 
 
 def _split(contents: Contents, share: float) -> list[Contents]:

@@ -3,9 +3,11 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from .layouts import WHOLE, part_of
 
 SUFFIXES = (
     ".jpg",
@@ -26,15 +28,21 @@ class ImageFinder:
     """Finds the file of an image entry under some folders.
 
     A labelling tool may write the path of its own machine, Windows backslashes, a URL, or a name
-    with `%20`. The longest part of the path that exists wins; a file in a nested folder is found by
-    its name if no other file has that name.
+    with `%20`. The longest trailing part of the path that names an existing file is used; a file in a
+    nested folder is found by its name if no other file has that name. In folders that are named after
+    another part of the dataset nothing is found by its name alone.
 
     Args:
         roots: the folders, the likeliest first.
+        dataset: the folder of the whole dataset.
+        part: the part that the images belong to.
     """
 
-    def __init__(self, roots: Iterable[str | Path]) -> None:
+    def __init__(
+        self, roots: Iterable[str | Path], dataset: str | Path = "", part: str = WHOLE
+    ) -> None:
         self.roots = [os.fspath(root) for root in roots]
+        self.dataset, self.part = dataset, part
         self._by_name: dict[str, list[str]] | None = None
 
     def find(self, file_name: str) -> str | None:
@@ -63,14 +71,10 @@ class ImageFinder:
     def _in_nested_folder(self, name: str) -> str | None:
         if self._by_name is None:
             self._by_name = {}
-            files = (
-                os.path.join(folder, file)
-                for root in self.roots
-                for folder, _, files in os.walk(root)
-                for file in files
-                if file.lower().endswith(SUFFIXES)
-            )
+            files = (file for root in self.roots for file in image_files(root))
             for path in sorted({os.path.realpath(file): file for file in files}.values()):
+                if self._is_of_other_part(path):
+                    continue
                 self._by_name.setdefault(_key(os.path.basename(path)), []).append(path)
         same = self._by_name.get(_key(PurePosixPath(name).name), [])
         if len(same) < 2:
@@ -80,6 +84,26 @@ class ImageFinder:
         lengths = [_common(wanted, [_key(p) for p in Path(path).parts[::-1]]) for path in same]
         best = max(lengths)
         return same[lengths.index(best)] if lengths.count(best) == 1 else None
+
+
+    def _is_of_other_part(self, path: str) -> bool:
+        if self.part == WHOLE:
+            return False
+        folders = Path(os.path.relpath(os.path.dirname(path), self.dataset)).parts
+        named = next(filter(None, map(part_of, folders)), self.part)
+        return named != self.part
+
+
+def image_files(folder: str | Path) -> Iterator[str]:
+    """Yield the paths of the image files below a folder, behind links to folders too."""
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(path, file) for file in files if file.lower().endswith(SUFFIXES))
 
 
 def _spellings(file_name: str) -> list[str]:

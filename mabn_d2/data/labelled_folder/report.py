@@ -50,7 +50,12 @@ def report(folder: PreparedFolder, settings: dict[str, Any], val_share: float) -
 
 def _mask_text(parts: dict[str, PartSummary]) -> str:
     masks = count_masks(parts)
-    texts = {"polygon": "{} polygon masks", "rle": "{} RLE masks", None: "{} boxes without a mask"}
+    texts = {
+        "polygon": "{} polygon masks",
+        "rle": "{} RLE masks",
+        "point": "{} masks of less than three points",
+        None: "{} boxes without a mask",
+    }
     return ", ".join(texts[key].format(masks[key]) for key in texts if masks[key]) or "no objects"
 
 

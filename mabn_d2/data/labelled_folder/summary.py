@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any, NamedTuple
 
+from ..coco_masks import usable_polygons
+
 SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's, in square pixels
 
 
@@ -14,7 +16,7 @@ class PartSummary(NamedTuple):
     objects: Counter[int | str]  # by category id
     crowd: int  # objects marked as a crowd, which training leaves out
     sizes: Counter[str]  # of boxes: keys of SIZES
-    masks: Counter[str | None]  # of objects that are no crowd: "polygon", "rle", None
+    masks: Counter[str | None]  # of objects that are no crowd: "polygon", "rle", "point", None
 
 
 def summarize(coco: dict[str, Any]) -> PartSummary:
@@ -28,8 +30,7 @@ def summarize(coco: dict[str, Any]) -> PartSummary:
         with_objects.add(str(annotation.get("image_id")))
         crowd += annotation.get("iscrowd") in (1, True)
         if annotation.get("iscrowd") not in (1, True):
-            mask = annotation.get("segmentation")
-            masks["rle" if isinstance(mask, dict) else "polygon" if mask else None] += 1
+            masks[_kind(annotation.get("segmentation"))] += 1
         try:
             _, _, width, height = map(float, annotation["bbox"])
         except (KeyError, TypeError, ValueError):
@@ -39,10 +40,17 @@ def summarize(coco: dict[str, Any]) -> PartSummary:
     return PartSummary(len(coco["images"]), empty, objects, crowd, sizes, masks)
 
 
+def _kind(mask: Any) -> str | None:
+    """Return "polygon", "rle" or None; "point" for polygons of less than three points."""
+    if not mask or isinstance(mask, dict):
+        return "rle" if mask else None
+    return "point" if usable_polygons(mask) == [] else "polygon"
+
+
 def mask_kind(parts: dict[str, PartSummary]) -> str | None:
-    """Return "polygon" or "rle" if every object has a mask; None if one has none."""
+    """Return "polygon" or "rle" if every object has a mask; None if one, or each, has none."""
     masks = count_masks(parts)
-    if masks[None] or not masks:
+    if masks[None] or not (masks["polygon"] or masks["rle"]):
         return None
     return "rle" if masks["rle"] else "polygon"
 
@@ -50,9 +58,11 @@ def mask_kind(parts: dict[str, PartSummary]) -> str | None:
 def mask_counts(parts: dict[str, PartSummary]) -> tuple[int, int]:
     """Return (number of objects that are no crowd, number of these without a mask)."""
     masks = count_masks(parts)
+    if not (masks["polygon"] or masks["rle"]):
+        return masks.total(), masks.total()
     return masks.total(), masks[None]
 
 
 def count_masks(parts: dict[str, PartSummary]) -> Counter[str | None]:
-    """Return the number of objects that are no crowd by their masks: "polygon", "rle", None."""
+    """Return the number of objects that are no crowd by their masks, as `PartSummary.masks`."""
     return sum((part.masks for part in parts.values()), Counter())

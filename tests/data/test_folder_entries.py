@@ -1,0 +1,123 @@
+"""Labelled folders whose entries are doubtful: the image of another part, two entries for one image."""
+
+import json
+import os
+
+import pytest
+
+from exports import edit, write_export
+from mabn_d2.data.errors import BadAnnotationError
+from mabn_d2.data.labelled_folder import mask_kind, prepare_folder, read_folder
+from mabn_d2.data.labelled_folder.contents import image_hash
+from mabn_d2.data.labelled_folder.image_files import image_files
+
+
+def annotations(folder, part="train"):
+    return folder / part / "_annotations.coco.json"
+
+
+def test_missing_image_is_not_taken_from_another_part(tmp_path):
+    """Both parts number their images; the message says where the missing one was looked for."""
+    folder = write_export(tmp_path / "e", "roboflow", sizes=(4, 4))
+    (folder / "train/2_jpg.rf.0a1b.jpg").unlink()
+    names = [image["file_name"] for image in read_folder(folder).parts["train"].coco["images"]]
+    assert names == [f"train/{i}_jpg.rf.0a1b.jpg" for i in range(4)]
+
+
+def test_equal_names_in_folders_of_the_parts(tmp_path):
+    """FiftyOne's layout of each part: labels.json and data/."""
+    folder = write_export(tmp_path / "e", "roboflow", sizes=(4, 3))
+    for part in ("train", "valid"):
+        annotations(folder, part).rename(folder / part / "labels.json")
+        (folder / part / "data").mkdir()
+        for image in (folder / part).glob("*.jpg"):
+            image.rename(folder / part / "data" / image.name)
+    parts = read_folder(folder).parts
+    for key, count in (("train", 4), ("val", 3)):
+        names = [image["file_name"] for image in parts[key].coco["images"]]
+        assert len(names) == count
+        assert all(os.path.isfile(parts[key].image_root / name) for name in names)
+        assert all(("valid" in name) == (key == "val") for name in names)
+
+
+@pytest.mark.parametrize("spelling", ["{}", "./{}", "x/../{}"])
+def test_two_entries_for_one_image(tmp_path, spelling):
+    folder = write_export(tmp_path / "e", "roboflow")
+    (folder / "train/x").mkdir()
+
+    def repeat(content):
+        image = content["images"][0]
+        name = spelling.format(image["file_name"])
+        content["images"].append({**image, "id": 99, "file_name": name})
+
+    edit(annotations(folder), repeat)
+    with pytest.raises(BadAnnotationError, match=r"\(id 0\) and .* \(id 99\) would both be the image"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("layout, file", [("roboflow", "train/_annotations.coco.json"),
+                                          ("label_studio", "result.json")])  # fmt: skip
+def test_ids_that_are_whole_floats(tmp_path, layout, file):
+    """As pandas writes them: the same as whole numbers."""
+    folder = write_export(tmp_path / "e", layout)
+    before = prepare_folder(folder)
+
+    def as_floats(content):
+        for key in ("images", "annotations", "categories"):
+            for entry in content[key][::2]:
+                for name in {"id", "image_id", "category_id"} & entry.keys():
+                    entry[name] = float(entry[name])
+
+    edit(folder / file, as_floats)
+    after = prepare_folder(folder)
+    assert after.summaries == before.summaries and after.classes == before.classes
+    with open(after.parts["train"].json_file) as copy:
+        assert all(type(a["image_id"]) is int for a in json.load(copy)["annotations"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_encodings(tmp_path, encoding):
+    """The copy that Detectron2 reads is plain UTF-8."""
+    folder = write_export(tmp_path / "e", "roboflow")
+    before = prepare_folder(folder)
+    file = annotations(folder)
+    file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+    after = prepare_folder(folder)
+    assert after.summaries == before.summaries and after.classes == before.classes
+    with open(after.parts["train"].json_file, encoding="utf-8") as copy:
+        assert len(json.load(copy)["images"]) == 12
+
+
+def test_links_to_folders(tmp_path):
+    """Images behind one are found, once, also if a link leads back."""
+    folder = write_export(tmp_path / "e", "json")
+    (tmp_path / "disk").mkdir()
+    for image in folder.glob("*.jpg"):
+        image.rename(tmp_path / "disk" / image.name)
+    (folder / "photos").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(tmp_path / "disk")
+    assert sum(len(part.coco["images"]) for part in read_folder(folder).parts.values()) == 16
+    assert len(list(image_files(folder))) == 16
+
+
+def test_copies_of_one_image_stay_together(tmp_path):
+    """Roboflow's augmented copies, if there is no part to validate on."""
+    hashes = {image_hash(f"a/photo_jpg.rf.{n:032x}.jpg") for n in range(9)}
+    assert hashes == {image_hash("a/photo_jpg.jpg")} != {image_hash("a/photo_png.jpg")}
+
+
+@pytest.mark.parametrize("masks", [[[]], [[1.0, 2.0, 9.0, 8.0]]])
+def test_polygons_without_area_everywhere(tmp_path, masks):
+    """Boxes are trained; if some objects only have such polygons, masks are."""
+    folder = write_export(tmp_path / "e", "json")
+    edit(folder / "labels.json", lambda c: c["annotations"][0].update(segmentation=masks))
+    assert mask_kind(prepare_folder(folder).summaries) == "polygon"
+    edit(folder / "labels.json", lambda c: [a.update(segmentation=masks) for a in c["annotations"]])
+    assert mask_kind(prepare_folder(folder).summaries) is None
+
+
+def test_class_name_that_cannot_be_written(tmp_path):
+    folder = write_export(tmp_path / "e", "json")
+    edit(folder / "labels.json", lambda c: c["categories"][0].update(name="\ud83d"))
+    with pytest.raises(BadAnnotationError, match="give it an integer and a text"):
+        read_folder(folder)
