@@ -12,6 +12,7 @@ masks of the objects in it:
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -28,6 +30,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .checkpoint.io import check_writable
 from .predictor import load_predictor
 
 SUFFIXES = {"torchscript": ".pt", "onnx": ".onnx", "exported_program": ".pt2"}
@@ -36,8 +39,9 @@ METADATA = "mabn_d2.json"  # name of the description within the file
 MASK_THRESHOLD = 0.5
 OPSET = 16  # the first with grid_sample, which pastes masks into the image
 # Differences that an exported file may have: in boxes, of the image's longer side; in masks, of the
-# pixels, where a probability is 0.5 up to rounding.
+# pixels, where a probability is 0.5 up to rounding; in scores.
 BOX_TOLERANCE, MASK_TOLERANCE = 1e-3, 1e-3
+SCORE_TOLERANCE = 1e-3
 TIE = 1e-4  # scores that differ by less are equal
 
 _logger = logging.getLogger(__name__)
@@ -197,6 +201,9 @@ def export_checkpoint(
         CheckpointError: if the checkpoint can't be read or does not fit its config.
         ExportError: if the model can't be exported, or the file gives something else.
     """
+    _check_output(Path(output), Path(checkpoint))
+    if format == "onnx":
+        _check_packages("onnx", "onnxruntime")
     predictor = load_predictor(checkpoint, "cpu", threshold, cfg)
     short = predictor.cfg.INPUT.MIN_SIZE_TEST
     height, width = image_size or (short, short * 4 // 3)
@@ -207,9 +214,39 @@ def export_checkpoint(
         torch.rand(3, *size, generator=noise) * 255
         for size in ((height, width), (width + 32, height))
     ]
-    examples += [predictor.to_tensor(predictor.read(image)) for image in images]
+    shown = [predictor.to_tensor(predictor.read(image)) for image in images]
+    examples += shown
+    others = [e for e in shown if e.shape != examples[0].shape]
+    if format == "exported_program" and others:
+        _logger.warning(
+            f"{len(others)} of {len(shown)} images have another size than {height}x{width} when they are "
+            "resized, which a program of torch.export does not take: they are not compared; "
+            "--image-size names the size"
+        )
     model, order = predictor.model, predictor.cfg.INPUT.FORMAT
     return export_detector(model, format, output, examples, predictor.class_names, order)
+
+
+def _check_output(output: Path, checkpoint: Path) -> None:
+    if output.is_dir():
+        raise ExportError(f"the output {output} is a folder: name a file")
+    if output.exists() and output.samefile(checkpoint):
+        raise ExportError(f"the output {output} is the checkpoint: name another file")
+    try:
+        check_writable(output.parent)
+    except OSError as error:
+        raise ExportError(
+            f"the output {output} can't be written ({error}): name another file"
+        ) from error
+
+
+def _check_packages(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"the format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}, or "
+            "'mabn_d2[export]'"
+        )
 
 
 def _torchscript(
@@ -299,9 +336,21 @@ def _obstacle(error: Exception) -> str:
     return f"it stops: {lines[0][:200] if lines else type(error).__name__}"
 
 
-def _compare(detector: nn.Module, exported: Callable, examples: list[torch.Tensor]) -> None:
+def _most_objects(model: Any) -> int:
+    """Return TEST.DETECTIONS_PER_IMAGE of a built detector."""
+    if isinstance(model, DenseDetector):
+        return model.max_detections_per_image
+    predictor = model.roi_heads.box_predictor
+    if isinstance(predictor, nn.ModuleList):  # Cascade R-CNN
+        predictor = predictor[-1]
+    return predictor.test_topk_per_image
+
+
+def _compare(
+    detector: ExportableDetector, exported: Callable, examples: list[torch.Tensor]
+) -> None:
     """Raise ExportError unless `exported` gives what the detector gives on every example."""
-    objects = 0
+    objects, most = 0, _most_objects(detector.model)
     for image in examples:
         wanted, found = detector(image), list(exported(image))
         size = tuple(image.shape[1:])
@@ -311,13 +360,17 @@ def _compare(detector: nn.Module, exported: Callable, examples: list[torch.Tenso
         objects += len(wanted[0])
         if not len(wanted[0]):
             continue
-        # Of objects with equal scores at the limit of TEST.DETECTIONS_PER_IMAGE, either may be kept.
-        clear = wanted[2] > wanted[2].min() + TIE
-        found, wanted = ([values[clear] for values in outputs] for outputs in (found, wanted))
-        if not clear.any():
-            continue
+        if len(wanted[0]) >= most:
+            # Of objects with equal scores at the limit of TEST.DETECTIONS_PER_IMAGE, either may be kept.
+            clear = wanted[2] > wanted[2].min() + TIE
+            found, wanted = ([values[clear] for values in outputs] for outputs in (found, wanted))
+            if not clear.any():
+                continue
         if not torch.equal(found[1], wanted[1]):
             raise ExportError(f"{where} other classes than the model")
+        difference = (found[2] - wanted[2]).abs().max().item()
+        if difference > SCORE_TOLERANCE:
+            raise ExportError(f"{where} scores that differ from the model's by {difference:.3g}")
         difference = (found[0] - wanted[0]).abs().max().item()
         if difference > BOX_TOLERANCE * max(size):
             raise ExportError(f"{where} boxes that differ from the model's by {difference:.3g}")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
 from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.description import classes_of, config_of
 from .checkpoint.stock_detector import load_whole
-from .data.mapper import NamingMapper
+from .data.mapper import BadImageError, NamingMapper
 from .modeling.norm import build_model
 from .surgery.fold import fold_mabn
 
@@ -56,16 +56,26 @@ class Predictor:
         return self._reader({"file_name": str(path)})
 
     def to_tensor(self, image: np.ndarray) -> torch.Tensor:
-        """Return what the model takes of an image: resized, channels in the order of INPUT.FORMAT.
+        """Return what the model takes of an image: resized, in the format INPUT.FORMAT.
 
         Args:
             image: (H, W, 3) uint8, BGR.
         Returns:
-            (3, H', W') uint8.
+            (C, H', W') uint8; C is 1 for the format "L".
+        Raises:
+            BadImageError: for an image so thin that nothing is left of it when it is resized.
         """
-        if self.cfg.INPUT.FORMAT == "RGB":
-            image = image[:, :, ::-1]
-        resized = self._resize.get_transform(image).apply_image(image)
+        format = self.cfg.INPUT.FORMAT
+        if format != "BGR":
+            image = convert_PIL_to_numpy(Image.fromarray(image[:, :, ::-1]), format)
+        transform = self._resize.get_transform(image)
+        if min(getattr(transform, "new_h", 1), getattr(transform, "new_w", 1)) < 1:
+            height, width = image.shape[:2]
+            raise BadImageError(
+                f"an image of {width} x {height} pixels is too thin: nothing of its shorter side is left "
+                f"when the longer one has INPUT.MAX_SIZE_TEST {self.cfg.INPUT.MAX_SIZE_TEST} pixels"
+            )
+        resized = transform.apply_image(image)
         return torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
     @torch.no_grad()
@@ -118,8 +128,8 @@ def load_predictor(
     cfg = cfg or (config_of(checkpoint) if isinstance(checkpoint, dict) else None)
     if cfg is None:
         raise CheckpointError(
-            f"{path} holds no config, as no file that was written by another program does: name the "
-            "config file of its model (--config-file)"
+            f"{path} holds no config, which only checkpoints of mabn_d2 do: name the config file of its "
+            "model (--config-file)"
         )
     cfg = cfg.clone()
     cfg.defrost()

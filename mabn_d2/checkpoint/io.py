@@ -4,6 +4,7 @@ import os
 import pickle
 import pickletools
 import re
+import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -220,6 +221,15 @@ def check_output(
             raise CheckpointError(f"the output {path} is the input: name another file")
         if not overwrite:
             raise CheckpointError(f"the output {path} exists: name another, or add --overwrite")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError if no file can be written to a folder, which is not created if it is missing."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:

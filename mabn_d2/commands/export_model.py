@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..engine import one_line_errors, read_config
 from ..export import FORMATS, export_checkpoint
-from .predict import add_model_arguments
+from .predict import add_model_arguments, check_threshold
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Export, and say what was written."""
     args = parse_args(arguments)
     setup_logger(name="mabn_d2")
+    check_threshold(args.threshold)
     print(f"exporting {args.checkpoint} as {args.format}: this takes about a minute", flush=True)
     said = export_checkpoint(
         args.checkpoint,

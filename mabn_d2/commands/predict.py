@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Predict, and print a table."""
     args = parse_args(arguments)
     setup_logger(name="mabn_d2")
-    if not 0 <= args.threshold <= 1:
-        raise ConfigError(f"--threshold is {args.threshold}: use a number from 0 to 1")
+    check_threshold(args.threshold)
     _check_device(args.device)
     files = find_images(args.images, args.output)
     cfg = read_config(args.config_file) if args.config_file else None
@@ -69,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"skipped: {len(predicted.skipped)} of {len(files)} images can't be read")
     if not predicted.images:
         sys.exit(1)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ConfigError for a score that no object can have."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"--threshold is {threshold}: use a number from 0 to 1")
 
 
 def _check_device(device: str) -> None:

@@ -16,6 +16,7 @@ from .coco_masks import (
     NO_MASK,
     POLYGONS,
     RLE,
+    MaskScan,
     are_numbers,
     mask_problem,
     scan_masks,
@@ -136,6 +137,9 @@ def inspect(
         c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])
     ]
     findings.summary.images = len(content["images"])
+    findings.summary.files = {
+        os.path.normpath(os.path.join(image_root, str(i["file_name"]))) for i in content["images"]
+    }
     sizes = _inspect_images(content["images"], json_file, image_root, findings)
     _Annotations(content, sizes, findings, masks, evaluation).inspect()
     _note_classes(content, findings)
@@ -179,7 +183,7 @@ def _check_structure(content: Any, json_file: str) -> None:
             _check_ids(entries, key, name, json_file)
         ids = [entry["id"] for entry in entries]
         # Detectron2 exempts the files of this name, which COCO's 2014 split has: they repeat ids.
-        if len(set(ids)) < len(ids) and not (key == "annotations" and "minival" in os.path.basename(json_file)):
+        if len(set(ids)) < len(ids) and not (key == "annotations" and "minival" in json_file):
             repeated = [i for i, n in Counter(ids).items() if n > 1]
             raise BadAnnotationError(
                 f"{json_file}: {key} with the same id {repeated[:SHOWN]!r:.200}: ids must be unique"
@@ -288,27 +292,42 @@ def _compare_with_files(
     """Width and height are those of the image files; a sample, of up to OPENED."""
     usable = np.flatnonzero(sizes.heights)
     sample = usable[np.linspace(0, len(usable) - 1, min(OPENED, len(usable)), dtype=int)]
-    wrong, swapped = [], 0
+    wrong, swapped, swapped_by_tag = [], 0, 0
+    unreadable: list[str] = []
     for position in sample.tolist():
         image = images[position]
         path = os.path.join(image_root, image["file_name"])
         found, stored = _read_size(path)
         given = int(sizes.widths[position]), int(sizes.heights[position])
+        if found is None:
+            unreadable.append(path)
         if found in (None, given):
             continue
         swapped += found == given[::-1]
-        turned = ", turned by its EXIF tag" if found != stored else ""
+        swapped_by_tag += found != stored == given
+        turned = ", turned by its EXIF tag Orientation" if found != stored else ""
         text = (
             f"image {image['id']} has width {given[0]} and height {given[1]}, but {path} is "
             f"{found[0]} wide and {found[1]} high{turned}"
         )
         wrong.append(Problem("images", image["id"], text, position))
+    if swapped_by_tag > len(sample) / 2:
+        raise BadAnnotationError(
+            f"{json_file}: {swapped_by_tag} of {len(sample)} images that were compared with their files "
+            f"were labelled as they are stored, but are shown turned ({wrong[0]}): remove the tag "
+            "from the image files, which every program then shows as they were labelled"
+        )
     if swapped > len(sample) / 2:
         raise BadAnnotationError(
             f"{json_file}: width and height are swapped in {swapped} of {len(sample)} images that "
             f"were compared with their files ({wrong[0]}): correct width and height in the JSON"
         )
     findings.problems.extend(wrong)
+    if unreadable:
+        findings.notes.append(
+            f"{len(unreadable)} of {len(sample)} image files that were looked at can't be read, such "
+            f"as {unreadable[0]}: repair or remove them"
+        )
 
 
 def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
@@ -348,6 +367,8 @@ class _Annotations:
         for position in sorted(suspects | scan.suspects):
             self._look_at(position)
         self._note_masks()
+        if self.masks:
+            self._compare_masks(scan)
         if self.evaluation:
             self._fill_in()
         self._count()
@@ -366,6 +387,7 @@ class _Annotations:
                 numbers.extend((0, 0, 0, 0))
         x, y, width, height = np.frombuffer(numbers).reshape(-1, 4).T
         right, bottom = x + width, y + height
+        self.boxes = x, y, right, bottom
         known = self.heights > 0
         # Parts outside are common, from rounding, and clipped by Detectron2.
         good = (
@@ -378,8 +400,13 @@ class _Annotations:
         corners = beyond & (width > x) & (height > y)
         corners &= (width <= self.widths + 1) & (height <= self.heights + 1)
         tiny = good & (right <= 1) & (bottom <= 1) & (width > 0) & (height > 0)
-        empty = good & ((width == 0) | (height == 0) | (x == self.widths) | (y == self.heights))
+        empty = good & (
+            (width == 0) | (height == 0) | (x == self.widths) | (y == self.heights)
+            | (right == 0) | (bottom == 0)
+        )  # fmt: skip
+        self.has_area = ~empty
         count = len(self.annotations)
+        self.doubtful = tiny | corners | empty | ~good  # boxes that a mask can't be compared with
         if tiny.sum() > 0.5 * count:
             self._note(tiny, "lie within 0..1: are they shares of the image? COCO has pixels")
         elif corners.sum() > 0.1 * count:
@@ -478,6 +505,30 @@ class _Annotations:
             self.kinds[position] = NO_MASK
             edits.append(Edit("annotations", position, "segmentation", []))
 
+    def _compare_masks(self, scan: MaskScan) -> None:
+        """Note masks that contradict their boxes."""
+        problems = {p.position for p in self.findings.problems if p.key == "annotations"}
+        used = self.kinds != NO_MASK
+        used[[*problems, *self.dropped, *self.trimmed]] = False
+        x1, y1, x2, y2 = scan.bounds.T
+        left, top, right, bottom = self.boxes
+        compared = used & (x1 <= x2) & ~(self.doubtful | scan.empty)
+        shares = (
+            compared & (x1 >= 0) & (y1 >= 0) & (x2 <= 1) & (y2 <= 1) & (right > 2) & (bottom > 2)
+        )
+        elsewhere = (x1 > right + 1) | (x2 < left - 1) | (y1 > bottom + 1) | (y2 < top - 1)
+        elsewhere &= compared & ~shares
+        for which, share, text in (
+            (shares, 0.1, "lie within 0..1: are they shares of the image? COCO has pixels"),
+            (used & scan.empty, 0, "have no area"),
+            (elsewhere, 0.1, "lie outside of their box"),
+        ):
+            if which.sum() > share * used.sum():
+                first = self.annotations[int(np.argmax(which))]["id"]
+                self.findings.notes.append(
+                    f"{which.sum()} of {used.sum()} masks {text} (the first: annotation {first})"
+                )
+
     def _fill_in(self) -> None:
         """What pycocotools needs for an evaluation beside what Detectron2 needs for training."""
         filled: Counter[str] = Counter()
@@ -499,7 +550,8 @@ class _Annotations:
                 continue
             if annotation.get("iscrowd") is None:
                 fill(position, "iscrowd", 0)
-            if not _is_number(annotation.get("area")):
+            area = annotation.get("area")
+            if not _is_number(area) or area < 0:  # of a polygon the other way round
                 size = int(self.heights[position]), int(self.widths[position])
                 fill(position, "area", _area(annotation, self.kinds[position], size))
             if annotation.get("keypoints") and annotation.get("num_keypoints") is None:
@@ -527,6 +579,7 @@ class _Annotations:
                 summary.crowds_without_mask += kind == NO_MASK
                 continue
             summary.objects += 1
+            summary.objects_with_area += bool(self.has_area[position])
             images.add(int(self.image_of[position]))
             if kind == POLYGONS:
                 summary.objects_with_mask += 1

@@ -22,10 +22,14 @@ class MaskScan(NamedTuple):
     Attributes:
         kinds: (N,) uint8, one of NO_MASK, POLYGONS and RLE.
         suspects: positions of the annotations that `mask_problem` has to look at.
+        bounds: (N, 4) x1, y1, x2, y2 of all parts of a mask, in pixels; x1 > x2 where it is not known.
+        empty: (N,) bool, whether a mask has no area.
     """
 
     kinds: np.ndarray
     suspects: set[int]
+    bounds: np.ndarray
+    empty: np.ndarray
 
 
 def scan_masks(annotations: list[dict], heights: np.ndarray, widths: np.ndarray) -> MaskScan:
@@ -36,21 +40,18 @@ def scan_masks(annotations: list[dict], heights: np.ndarray, widths: np.ndarray)
         heights: (N,), of the image of each annotation.
         widths: (N,), likewise.
     """
-    kinds = np.zeros(len(annotations), np.uint8)
-    suspects: set[int] = set()
-    for first in range(0, len(annotations), CHUNK):
-        _scan_part(annotations[first : first + CHUNK], first, heights, widths, kinds, suspects)
-    return MaskScan(kinds, suspects)
+    count = len(annotations)
+    unknown = np.tile([np.inf, np.inf, -np.inf, -np.inf], (count, 1))
+    scan = MaskScan(np.zeros(count, np.uint8), set(), unknown, np.zeros(count, bool))
+    for first in range(0, count, CHUNK):
+        _scan_part(annotations[first : first + CHUNK], first, heights, widths, scan)
+    return scan
 
 
 def _scan_part(
-    annotations: list[dict],
-    first: int,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    kinds: np.ndarray,
-    suspects: set[int],
+    annotations: list[dict], first: int, heights: np.ndarray, widths: np.ndarray, scan: MaskScan
 ) -> None:
+    kinds, suspects = scan.kinds, scan.suspects
     numbers, lengths, owners = array("d"), [], []
     encoded, encoded_owners = [], []
     for position, annotation in enumerate(annotations, first):
@@ -74,33 +75,57 @@ def _scan_part(
             if _rle_form_problem(masks, [heights[position], widths[position]]):
                 suspects.add(position)
             elif isinstance(masks["counts"], str):
-                encoded.append(masks["counts"])
+                encoded.append(masks)
                 encoded_owners.append(position)
+            else:
+                scan.empty[position] = not any(masks["counts"][1::2])
     if encoded:
         owners_of_encoded = np.array(encoded_owners)
         pixels = heights[owners_of_encoded] * widths[owners_of_encoded]
-        wrong = decoded_lengths(encoded) != pixels
+        wrong = decoded_lengths([masks["counts"] for masks in encoded]) != pixels
         suspects.update(owners_of_encoded[wrong].tolist())
+        _measure_rle([encoded[i] for i in np.flatnonzero(~wrong)], owners_of_encoded[~wrong], scan)
     if lengths:
-        suspects.update(_far_polygons(numbers, lengths, np.array(owners), heights, widths))
+        _measure_polygons(numbers, lengths, np.array(owners), heights, widths, scan)
 
 
-def _far_polygons(
+def _measure_rle(encoded: list[dict], owners: np.ndarray, scan: MaskScan) -> None:
+    import pycocotools.mask as mask_util
+
+    if encoded:
+        x, y, width, height = mask_util.toBbox(encoded).T
+        scan.bounds[owners] = np.stack((x, y, x + width, y + height), 1)
+        scan.empty[owners] = width * height == 0
+
+
+def _measure_polygons(
     numbers: "array[float]",
     lengths: list[int],
     owners: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
-) -> list[int]:
-    """Return the owners of the polygons with points far outside of their image, or with NaN."""
+    scan: MaskScan,
+) -> None:
+    """Enter bounds and area; those with points far outside of their image, or NaN, are suspects."""
     points = np.frombuffer(numbers).reshape(-1, 2)
     starts = np.cumsum([0, *lengths[:-1]]) // 2
     bad = np.zeros(len(owners), bool)
+    from_first = []
     for column, size in ((0, widths[owners]), (1, heights[owners])):
         values = np.ascontiguousarray(points[:, column])
         low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
         bad |= ~((low >= -OUTSIDE * size) & (high <= (1 + OUTSIDE) * size))  # true of NaN
-    return owners[bad].tolist()
+        with np.errstate(invalid="ignore"):  # NaN
+            np.minimum.at(scan.bounds[:, column], owners, low)
+            np.maximum.at(scan.bounds[:, column + 2], owners, high)
+        from_first.append(values - np.repeat(values[starts], np.array(lengths) // 2))
+    scan.suspects.update(owners[bad].tolist())
+    # The triangles between the first point and each side: all are 0 if the points lie on one line.
+    (x, y), triangles = from_first, np.zeros(len(points))
+    triangles[:-1] = np.abs(x[:-1] * y[1:] - x[1:] * y[:-1])
+    has_area = np.add.reduceat(triangles, starts) > 0
+    scan.empty[owners] = True
+    scan.empty[owners[has_area]] = False
 
 
 def mask_problem(masks: Any, size: list[int]) -> str | None:

@@ -29,6 +29,7 @@ class _Comparison:
         self.test = self._known(wanted.test, summaries)
         self.check_objects()
         self.check_sets()
+        self.check_images()
         self.check_number_of_classes()
         self.check_stuff_classes()
         self.check_masks()
@@ -49,7 +50,7 @@ class _Comparison:
                     self.notes.append(
                         f"{name} ({summary.source}) has no annotations: results are written, but no AP"
                     )
-            elif not summary.objects:
+            elif not summary.objects_with_area:
                 raise DataError(
                     f"{self.wanted.test.key} names {name!r}, which has {_no_objects(summary)}: there "
                     f"is nothing to evaluate; correct {summary.source}, or leave {name!r} out"
@@ -61,7 +62,7 @@ class _Comparison:
                 f"{self.wanted.train.key} names {name!r}, which has no annotations of objects: there "
                 f"is nothing to learn; add them to {summary.source}"
             )
-        empty = {name: summary for name, summary in annotated.items() if not summary.objects}
+        empty = {name: s for name, s in annotated.items() if not s.objects_with_area}
         for name, summary in empty.items():
             if len(empty) == len(annotated):
                 raise DataError(
@@ -100,6 +101,18 @@ class _Comparison:
                 self.notes.append(
                     f"{len(more)} classes are only in {self.wanted.test.key} {name!r}, and are not "
                     f"learned: {listed(more)}"
+                )
+
+    def check_images(self) -> None:
+        """Images that a model was trained on tell nothing about it."""
+        for train, trained in self.train.items():
+            for test, tested in self.test.items():
+                if train == test or not (shared := trained.files & tested.files):
+                    continue
+                self.notes.append(
+                    f"{len(shared)} of {len(tested.files)} images of {self.wanted.test.key} {test!r} "
+                    f"are also in {self.wanted.train.key} {train!r}, such as {min(shared)}: the AP will "
+                    "be too high; take them out of one"
                 )
 
     def check_number_of_classes(self) -> None:
@@ -228,6 +241,8 @@ class _Comparison:
 def _no_objects(summary: DatasetSummary) -> str:
     if summary.crowds:
         return f"no objects (all {summary.crowds} annotations are iscrowd)"
+    if summary.objects:
+        return f"no objects but {summary.objects} whose box has no area inside the image"
     return "no objects"
 
 

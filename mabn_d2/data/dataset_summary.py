@@ -1,5 +1,6 @@
 """What a dataset holds, in the numbers that a config is compared with."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -13,11 +14,13 @@ class DatasetSummary:
         classes: names in the order of the model's classes; None if the dataset does not say.
         images_with_objects: those that Detectron2 keeps if FILTER_EMPTY_ANNOTATIONS is True.
         annotated: False for a file that lists images only, as COCO's test sets do.
+        objects_with_area: objects whose box has an area inside the image.
         objects_with_mask, objects_with_rle, objects_with_keypoints: counts of objects.
         crowds_without_mask: count of crowd annotations.
         no_mask, no_keypoints, rle: text that names the first such object, for messages.
         keypoint_counts: how many objects have how many keypoints.
         class_ids: how many annotations have which class, for datasets without names.
+        files: paths of the images.
     """
 
     source: str
@@ -26,6 +29,7 @@ class DatasetSummary:
     images_with_objects: int = 0
     annotated: bool = True
     objects: int = 0
+    objects_with_area: int = 0
     crowds: int = 0
     objects_with_mask: int = 0
     objects_with_rle: int = 0
@@ -36,6 +40,7 @@ class DatasetSummary:
     rle: str = ""
     keypoint_counts: Counter = field(default_factory=Counter)
     class_ids: Counter = field(default_factory=Counter)
+    files: set[str] = field(default_factory=set)
 
 
 def summarize_records(
@@ -44,6 +49,7 @@ def summarize_records(
     """Return the DatasetSummary of records in Detectron2's format."""
     summary = DatasetSummary(source, classes, images=len(records))
     summary.annotated = any("annotations" in record for record in records)
+    summary.files = {os.path.normpath(r["file_name"]) for r in records if "file_name" in r}
     for record in records:
         annotations = record.get("annotations", ())
         summary.images_with_objects += any(not a.get("iscrowd", 0) for a in annotations)
@@ -56,6 +62,7 @@ def summarize_records(
                 summary.crowds_without_mask += not has_mask
                 continue
             summary.objects += 1
+            summary.objects_with_area += 1  # not looked at
             summary.class_ids[annotation.get("category_id")] += 1
             summary.objects_with_mask += has_mask
             if not has_mask:

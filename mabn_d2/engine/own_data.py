@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -24,6 +23,7 @@ from ..data.labelled_folder import (
 from ..data.labelled_folder.layouts import WHOLE
 from ..data.labelled_folder.register import dataset_base
 from .errors import ConfigError
+from .resume import last_checkpoint
 
 # Keys that a labelled folder sets; where one is given, it has to agree with the folder.
 SET_BY_FOLDER = (
@@ -162,12 +162,12 @@ def use_folder_for(
         train: False for an evaluation, of that checkpoint or of MODEL.WEIGHTS.
         given, alone: as for `use_folder`.
     """
-    last = Path(cfg.OUTPUT_DIR, "last_checkpoint")
-    file = str(last.with_name(last.read_text().strip())) if resume and last.is_file() else ""
+    file = (resume and last_checkpoint(cfg.OUTPUT_DIR)) or ""
     if not file and not train:
         file = cfg.MODEL.WEIGHTS
     checkpoint = read_checkpoint(file) if file and os.path.isfile(file) else {}
-    classes = classes_of(checkpoint) if isinstance(checkpoint, dict) else None
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    classes = classes_of(checkpoint)
     hold_out = train
     if not train:
         path = os.path.realpath(os.path.expanduser(cfg.DATASETS.FOLDER))
@@ -198,6 +198,8 @@ def _set_datasets(
         value = tuple(cfg.DATASETS[key])
         if set(value) <= set(names.values()) and value:
             continue  # the folder's own, as in the config.yaml of a run
+        if key == "TEST" and "DATASETS.TEST" in given and not value and hold_out:
+            continue  # no evaluation
         if f"DATASETS.{key}" in given and value:
             raise ConfigError(
                 f"DATASETS.{key} is {value} and DATASETS.FOLDER is {cfg.DATASETS.FOLDER!r}: leave "
@@ -228,6 +230,11 @@ def _set_classes(cfg: CfgNode, names: list[str], given: Collection[str]) -> None
 
 def _set_masks(cfg: CfgNode, folder: PreparedFolder, given: Collection[str]) -> None:
     if cfg.MODEL.META_ARCHITECTURE in NO_MASKS:
+        if "MODEL.MASK_ON" in given and cfg.MODEL.MASK_ON:
+            raise ConfigError(
+                f"MODEL.MASK_ON is True, but MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has "
+                "boxes only: leave the key out, or use a config of Mask R-CNN"
+            )
         cfg.MODEL.MASK_ON = False
         return
     kind = mask_kind(folder.summaries)

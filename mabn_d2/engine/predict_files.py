@@ -18,8 +18,8 @@ from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..checkpoint.io import atomic_file
-from ..data.labelled_folder.image_files import SUFFIXES
+from ..checkpoint.io import atomic_file, check_writable
+from ..data.labelled_folder.image_files import SUFFIXES, image_files
 from ..data.mapper import BadImageError
 from ..predictor import Predictor
 from ..visualization import AnyTextVisualizer, printable
@@ -41,7 +41,8 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
     """Return the image files of files, folders (searched to the bottom) and globs, each once.
 
     Raises:
-        ConfigError: if there are none for one of the inputs, or one lies where pictures are written.
+        ConfigError: if there are none for one of the inputs, if one lies where pictures are written, or
+            if `output` can't be written to.
     """
     found, output = [], output.resolve()
     for name in inputs:
@@ -50,11 +51,9 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
         files = []
         for match in sorted(matches):
             if match.is_dir():
-                inside = (p for p in match.rglob("*") if p.suffix.lower() in SUFFIXES)
+                inside = map(Path, image_files(match))
                 # What an earlier call has written is no input.
-                files += sorted(
-                    p for p in inside if p.is_file() and output not in p.resolve().parents
-                )
+                files += sorted(p for p in inside if output not in p.resolve().parents)
             elif match.is_file():
                 files.append(match)
         if not files:
@@ -65,6 +64,13 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
         found += files
     files = list({file.resolve(): file for file in found}.values())
     pictures = output / PICTURES
+    for folder in (output, pictures):
+        try:
+            check_writable(folder)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {folder} can't be written to ({error}): name another folder"
+            ) from error
     if own := [file for file in files if pictures in file.resolve().parents]:
         raise ConfigError(
             f"--output {output} would overwrite the image {own[0]}: name another folder"
@@ -97,12 +103,13 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
     for path in tqdm(files, "images", unit="image"):
         try:
             image = predictor.read(path)
+            start = time.perf_counter()
+            instances = predictor(image)
         except BadImageError as error:
-            skipped.append(str(error))
-            tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
+            text = str(error) if str(path) in str(error) else f"{path}: {error}"
+            skipped.append(text)
+            tqdm.write(f"skipped: {printable(text)}", file=sys.stderr)
             continue
-        start = time.perf_counter()
-        instances = predictor(image)
         seconds.append(time.perf_counter() - start)
         image_id, picture = len(images) + 1, _free_name(path, taken)
         _write_picture(pictures / picture, image, instances, metadata)

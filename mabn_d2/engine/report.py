@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def report_run(trainer: DefaultTrainer) -> str:
     lines += [
         f"pictures: {pictures}, {curves}",
         f"weights:  {weights}",
-        f"predict:  tools/predict.py --checkpoint {weights} photos/*.jpg --output predictions",
+        f"predict:  tools/predict.py --checkpoint {shlex.quote(str(weights))} photos/*.jpg --output predictions",
     ]
     return "\n".join(lines)
 

@@ -5,7 +5,6 @@ config: torch's optimizers would bring the rates and decays of the checkpoint ba
 """
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.io import check_writable
 from ..checkpoint.record import SAME_WITH_MABN
 from ..modeling.norm import NORM
 from ..modeling.norm_table import NORMS
@@ -53,19 +53,40 @@ def check_output_folder(
     """
     try:
         if "://" not in folder:
-            there = Path(folder).absolute()
-            while not there.exists():  # nothing is created before all checks are done
-                there = there.parent
-            with tempfile.TemporaryFile(dir=there):
-                pass
+            check_writable(folder)
     except OSError as error:
         raise ConfigError(f"{key} {folder!r} can't be written to: {error}") from error
-    holds_run = PathManager.isfile(f"{folder}/last_checkpoint")
-    if holds_run and not resume:
+    last = last_checkpoint(folder)
+    if last and not resume:
         raise ConfigError(
             f"{key} {folder!r} holds the checkpoints of a run: {remedy}, or name another folder"
         )
-    return holds_run
+    if not last and "://" not in folder and (found := sorted(Path(folder).glob("model_*.pth"))):
+        raise ConfigError(
+            f"{key} {folder!r} holds the checkpoints of a run, such as {found[-1].name}, but no file "
+            "last_checkpoint: name another folder, or write the name of the checkpoint to resume from "
+            "into that file"
+        )
+    return last is not None
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """Return the path of the checkpoint that a run in a folder goes on from; None if there is none.
+
+    Raises:
+        ConfigError: if the file that names it is damaged.
+    """
+    pointer = f"{folder}/last_checkpoint"
+    if not PathManager.isfile(pointer):
+        return None
+    with PathManager.open(pointer, "rb") as file:
+        name = file.read(1000).decode(errors="replace").strip()
+    if not name or not name.isprintable():
+        raise ConfigError(
+            f"{pointer} is damaged: write the name of a checkpoint of this folder into it, such as "
+            "model_final.pth"
+        )
+    return f"{folder}/{name}"
 
 
 def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:

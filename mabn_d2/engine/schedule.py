@@ -12,8 +12,8 @@ Keys that a config leaves to this module have the value AUTO (-1):
 | MODEL.MABN.CLIP_START | 30 % of MAX_ITER, at most 1200 |
 
 STEPS that are left empty are 2/3 and 8/9 of MAX_ITER, as in the published schedule, if
-LR_SCHEDULER_NAME uses them. The shares and bounds of MABN are those of the trainings of 2,800 and 4,000
-iterations in docs/comparison.md. The published 100 and 1,000 are for 90,000 iterations and more; in a
+LR_SCHEDULER_NAME uses them. The shares and bounds of MABN are those of the demo (2,800 iterations) and
+of the comparison (docs/comparison.md). The published 100 and 1,000 are for 90,000 iterations and more; in a
 short training the weights still move fast at that time, and the windows lag behind them.
 """
 
@@ -97,6 +97,10 @@ def _choose_weights(cfg: CfgNode) -> None:
 
 def _choose_schedule(cfg: CfgNode, num_images: int | None) -> None:
     solver, mabn = cfg.SOLVER, cfg.MODEL.MABN
+    if solver.IMS_PER_BATCH < 1:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}: give a whole number above 0"
+        )
     if solver.MAX_ITER == AUTO:
         if solver.EPOCHS < 1:
             raise ConfigError(
@@ -108,8 +112,7 @@ def _choose_schedule(cfg: CfgNode, num_images: int | None) -> None:
             raise ConfigError(
                 f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} has no image with annotations: nothing to train on"
             )
-        # At least 1: an IMS_PER_BATCH of 0 is another check's error.
-        solver.MAX_ITER = math.ceil(solver.EPOCHS * num_images / max(solver.IMS_PER_BATCH, 1))
+        solver.MAX_ITER = math.ceil(solver.EPOCHS * num_images / solver.IMS_PER_BATCH)
     length = solver.MAX_ITER
     if solver.BASE_LR == AUTO:
         if solver.LR_FOR_16_IMAGES <= 0:

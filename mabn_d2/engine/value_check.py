@@ -56,7 +56,7 @@ CHOICES = {
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "DATALOADER.BAD_INPUT": ("stop", "skip"),
-    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -147,6 +147,8 @@ NUMBERS = {
         "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
         "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO",
         "MODEL.MABN.LOG_PERIOD",
+        "SOLVER.CHECKPOINTS_TO_KEEP",
+        "TEST.PICTURES",
     ),
     "between 0 and 1": (
         "MODEL.RPN.POSITIVE_FRACTION",
@@ -200,8 +202,26 @@ def check_values(cfg: CfgNode, train: bool = True) -> None:
             if not all(_in_range(x, words) for x in _numbers(value)):
                 raise ConfigError(f"{key} is {_shown(value)}: give {_what(value, words)}")
     _check_model(cfg)
+    _check_expected_results(cfg)
     if train:
         _check_schedule(cfg)
+        _check_input(cfg)
+        if cfg.SEED >= 2**32:
+            raise ConfigError(f"SEED is {cfg.SEED}: give a number below 2**32, or -1 for none")
+
+
+def _check_expected_results(cfg: CfgNode) -> None:
+    for row in cfg.TEST.EXPECTED_RESULTS:
+        if not (
+            isinstance(row, (list, tuple))
+            and len(row) == 4
+            and all(isinstance(name, str) for name in row[:2])
+            and all(isinstance(number, (int, float)) for number in row[2:])
+        ):
+            raise ConfigError(
+                f"TEST.EXPECTED_RESULTS has {row!r}: give [task, metric, value, tolerance], such as "
+                "['bbox', 'AP', 38.5, 0.2]"
+            )
 
 
 def _check_model(cfg: CfgNode) -> None:
@@ -235,10 +255,57 @@ def _check_model(cfg: CfgNode) -> None:
                     )
     if _is_used(cfg, "MODEL.ANCHOR_GENERATOR.SIZES"):
         _check_anchors(cfg)
+    _check_lengths(cfg)
     if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
         raise ConfigError(
             f"TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN "
             f"only, not for MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}: set it to False"
+        )
+
+
+def _check_lengths(cfg: CfgNode) -> None:
+    """Lists whose length Detectron2 asserts when the model or the first image comes."""
+    for key in ("MODEL.RPN", "MODEL.ROI_BOX_HEAD", "MODEL.RETINANET"):
+        weights = get(cfg, f"{key}.BBOX_REG_WEIGHTS")
+        if (
+            weights is not None
+            and _is_used(cfg, f"{key}.BBOX_REG_WEIGHTS")
+            and len(weights) not in (4, 5)
+        ):
+            raise ConfigError(
+                f"{key}.BBOX_REG_WEIGHTS is {_shown(weights)}: give four numbers, for x, y, width and "
+                "height"
+            )
+
+
+def _check_input(cfg: CfgNode) -> None:
+    """How images are resized and cropped; what is wrong there would be blamed on an image."""
+    sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    if not sizes:
+        raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty: give at least one size in pixels")
+    if sampling == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        raise ConfigError(
+            f"INPUT.MIN_SIZE_TRAIN is {_shown(sizes)} and INPUT.MIN_SIZE_TRAIN_SAMPLING 'range': give "
+            "the smallest and the largest size, or use 'choice'"
+        )
+    crop = cfg.INPUT.CROP
+    if not crop.ENABLED:
+        return
+    relative = crop.TYPE.startswith("relative")
+    numbers = all(
+        (0 < x <= 1) if relative else (float(x).is_integer() and x >= 1) for x in crop.SIZE
+    )
+    rising = crop.TYPE != "absolute_range" or crop.SIZE[0] <= crop.SIZE[-1]
+    if len(crop.SIZE) != 2 or not numbers or not rising:
+        wanted = {
+            "relative": "two shares of the image, above 0 and up to 1",
+            "relative_range": "the smallest shares of the image, above 0 and up to 1",
+            "absolute": "height and width in whole pixels",
+            "absolute_range": "the smallest and the largest side in whole pixels",
+        }
+        raise ConfigError(
+            f"INPUT.CROP.SIZE is {_shown(crop.SIZE)} and INPUT.CROP.TYPE {crop.TYPE!r}: give "
+            f"{wanted[crop.TYPE]}"
         )
 
 

@@ -299,3 +299,48 @@ def test_any_value_anywhere(tmp_path_factory, path, value):
         assert "instances.json" in str(error)
     else:
         assert consume(file, str(folder)) == 0
+
+
+BOX = {"bbox": [1, 2, 10, 10]}
+EMPTY_RLE = {"size": [20, 30], "counts": [600]}
+ENCODED = mask_util.encode(np.asfortranarray(np.zeros((20, 30), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    "masks, note",
+    [
+        ([[0.1, 0.2, 0.9, 0.2, 0.9, 0.8]], "lie within 0..1: are they shares"),
+        ([[2, 3, 7, 3, 11, 3]], "have no area"),
+        ([[2, 3, 5, 6, 9, 10]], "have no area"),
+        (EMPTY_RLE, "have no area"),
+        ({"size": [20, 30], "counts": ENCODED["counts"].decode()}, "have no area"),
+        ([[20, 13, 28, 13, 28, 19]], "lie outside of their box"),
+        ([[2, 3, 7, 3, 11, 3], [2, 3, 9, 3, 9, 9]], None),
+        ([[2, 2, 9, 9, 9, 2, 2, 9]], None),  # crosses itself
+    ],
+)
+def test_masks_that_contradict_their_boxes(tmp_path, caplog, masks, note):
+    content = edit(("annotations", 0, "segmentation"), masks)
+    check(tmp_path, content)
+    found = [r.message for r in caplog.records if " masks " in r.message]
+    assert len(found) == (note is not None)
+    if note:
+        assert f"1 of 1 masks {note}" in found[0] and "annotation 7" in found[0]
+    caplog.clear()
+    check(tmp_path, content, masks=False)
+    assert not [r for r in caplog.records if " masks " in r.message]
+
+
+@pytest.mark.parametrize("area", [-100, None, float("nan")])
+def test_area_that_is_none(tmp_path, area):
+    """Of a polygon the other way round: negative. The evaluation would leave the object out."""
+    (tmp_path / "1.jpg").touch()
+    findings = inspect(
+        edit(("annotations", 0, "area"), area), "x.json", str(tmp_path), evaluation=True
+    )
+    assert [e.value for e in findings.edits if e.field == "area"] == [pytest.approx(50, abs=15)]
+
+
+def test_images_that_cannot_be_read(tmp_path, caplog):
+    check(tmp_path, GOOD)
+    assert "1 of 1 image files that were looked at can't be read, such as" in caplog.text

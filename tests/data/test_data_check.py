@@ -636,3 +636,30 @@ def test_a_changed_file_is_checked_again(cfg, data, tmp_path):
         (tmp_path / "train.json").write_text(json.dumps(data["train"]))
         with pytest.raises(DataError, match="annotation 1 .*bbox None"):
             check_data(cfg)
+
+
+def test_images_that_are_in_both_sets(cfg, data, tmp_path, caplog):
+    data["val"]["images"][0]["file_name"] = f"../train/{data['train']['images'][0]['file_name']}"
+    check(cfg, tmp_path, data)
+    (text,) = {r.message for r in caplog.records if r.name.startswith("mabn_d2")}
+    assert re.search(r"1 of 3 images of DATASETS.TEST .* are also in DATASETS.TRAIN", text)
+
+
+def test_boxes_without_area_everywhere(cfg, data, tmp_path):
+    for annotation in data["train"]["annotations"]:
+        annotation["bbox"][2] = 0
+    with pytest.raises(DataError, match=r"no objects but \d+ whose box has no area"):
+        check(cfg, tmp_path, data)
+
+
+def test_labels_that_ignore_the_exif_tag(cfg, data, tmp_path):
+    """Width and height in the JSON are right for the boxes: the tag has to go."""
+    for content, split in zip(data.values(), data, strict=True):
+        for image in content["images"]:
+            exif = Image.Exif()
+            exif[274] = 6
+            path = tmp_path / split / image["file_name"]
+            Image.open(path).resize((120, SIZE)).save(path, exif=exif)
+            image.update(width=120, height=SIZE)
+    with pytest.raises(DataError, match="labelled as they are stored.*remove the tag"):
+        check(cfg, tmp_path, data)

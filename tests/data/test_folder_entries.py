@@ -51,7 +51,9 @@ def test_two_entries_for_one_image(tmp_path, spelling):
         content["images"].append({**image, "id": 99, "file_name": name})
 
     edit(annotations(folder), repeat)
-    with pytest.raises(BadAnnotationError, match=r"\(id 0\) and .* \(id 99\) would both be the image"):
+    with pytest.raises(
+        BadAnnotationError, match=r"\(id 0\) and .* \(id 99\) would both be the image"
+    ):
         read_folder(folder)
 
 

@@ -246,6 +246,29 @@ def test_output_folder_of_another_run(digits_cfg, tmp_path):
     assert (folder / "model_final.pth").read_bytes() == saved
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_checkpoints_without_last_checkpoint(digits_cfg, tmp_path, resume):
+    """As they are copied from another machine: neither overwritten nor passed over."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    for name in ("model_0000004.pth", "model_best.pth"):
+        (folder / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="model_best.pth, but no file last_checkpoint"):
+        check_config(digits_cfg, resume=resume)
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    if resume:
+        check_config(digits_cfg, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02\xff", b"\n"])
+def test_damaged_last_checkpoint(digits_cfg, tmp_path, content):
+    """Empty after a power loss."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/last_checkpoint").write_bytes(content)
+    with pytest.raises(ConfigError, match="last_checkpoint is damaged: write the name"):
+        check_config(digits_cfg, resume=True)
+
+
 @pytest.mark.parametrize("iterations", [1, 2], ids=["unfinished", "finished"])
 def test_a_script_keeps_another_run(digits_cfg, iterations):
     """`Trainer.resume_or_load(resume=False)` refuses the folder of another run, and only of another."""

@@ -119,6 +119,19 @@ def test_contradictions_are_one_line(exports, tmp_path, masks, arguments, messag
     assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
 
 
+def test_no_evaluation(exports, tmp_path):
+    """DATASETS.TEST () is kept, so the images of val can be trained on too."""
+    sets = ("DATASETS.TRAIN", "('coco_polygons_train','coco_polygons_val')")
+    cfg = setup_config(args(tmp_path, *sets, "DATASETS.TEST", "()", data=exports()))
+    assert cfg.DATASETS.TEST == () and len(cfg.DATASETS.TRAIN) == 2
+
+
+def test_masks_for_a_model_of_boxes(exports, tmp_path):
+    config = ROOT / "configs/own_data_retinanet_R50_FPN_mabn.yaml"
+    with pytest.raises(ConfigError, match="RetinaNet has boxes only: leave the key out"):
+        setup_config(args(tmp_path, "MODEL.MASK_ON", True, config=config, data=exports()))
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

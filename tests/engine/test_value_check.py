@@ -29,6 +29,12 @@ from paths import ROOT
         ),
         ("MODEL.ANCHOR_GENERATOR.NAME", "Default", "DefaultAnchorGenerator"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosine", "did you mean WarmupCosineLR"),
+        ("INPUT.FORMAT", "YUV-BT.601", "INPUT.FORMAT is 'YUV-BT.601'"),
+        ("INPUT.MIN_SIZE_TRAIN", (), "INPUT.MIN_SIZE_TRAIN is empty"),
+        ("SOLVER.CHECKPOINTS_TO_KEEP", -1, "give a whole number, at least 0"),
+        ("SEED", 2**40, r"give a number below 2\*\*32"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", (1.0, 1.0), "give four numbers"),
+        ("TEST.EXPECTED_RESULTS", ["x"], r"TEST.EXPECTED_RESULTS has 'x': give \[task, metric"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "ful_model", "did you mean full_model"),
         ("SOLVER.WARMUP_METHOD", "cosine", "linear, constant"),
         ("MODEL.RESNETS.DEPTH", 51, "MODEL.RESNETS.DEPTH is 51.*50, 101"),
@@ -163,3 +169,55 @@ def test_our_configs_pass(path):
         cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 1000, 0.01, 10
         cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD = (), 0, 100
     check_values(cfg)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], "give the smallest and the largest size"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (100, 96)],
+            "give the smallest and the largest size",
+        ),
+        (["INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [2.0, 2.0]], "shares of the image"),
+        (["INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.5]], "shares of the image"),
+        (["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute"], "height and width in whole"),
+        (
+            ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute_range"]
+            + ["INPUT.CROP.SIZE", [90, 80]],
+            "the smallest and the largest side",
+        ),
+    ],
+)
+def test_resizing_and_cropping(digits_cfg, options, message):
+    """What would be blamed on the first image."""
+    digits_cfg.INPUT.MIN_SIZE_TRAIN = (64, 80, 96)
+    digits_cfg.merge_from_list(options)
+    with pytest.raises(ConfigError, match=message):
+        check_config(digits_cfg)
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [("relative", [1.0, 0.5]), ("absolute", [64, 64]), ("absolute_range", [32, 64])],
+)
+def test_crops_that_are_right(digits_cfg, kind, size):
+    digits_cfg.INPUT.CROP.ENABLED = True
+    digits_cfg.INPUT.CROP.TYPE, digits_cfg.INPUT.CROP.SIZE = kind, size
+    check_config(digits_cfg)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SOLVER.ACCUMULATION_STEPS", 0, "SOLVER.ACCUMULATION_STEPS is 0: use 1"),
+        ("SOLVER.IMS_PER_BATCH", 0, "SOLVER.IMS_PER_BATCH is 0: give a whole number above 0"),
+        ("SOLVER.EARLY_STOPPING_PATIENCE", -3, "SOLVER.EARLY_STOPPING_PATIENCE is -3"),
+        ("TEST.BEST_METRIC", "bbox", "TEST.BEST_METRIC is 'bbox'"),
+        ("MODEL.MABN.MOMENTUM", 7.0, "MODEL.MABN: momentum"),
+    ],
+)
+def test_a_trainer_checks_all_settings(digits_cfg, key, value, message):
+    digits_cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=message):
+        Trainer(digits_cfg)

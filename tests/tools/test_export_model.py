@@ -1,7 +1,9 @@
 """Exported detectors give what the model gives, in a process without Detectron2."""
 
+import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from detectron2.modeling import build_model
 
 from commands import exit_line
 from detectors import narrow_cfg, randomized, scenes
+from mabn_d2 import export
 from mabn_d2.checkpoint import write_checkpoint
 from mabn_d2.checkpoint.description import describe
 from mabn_d2.export import ExportableDetector, ExportError, export_checkpoint, export_detector
@@ -113,6 +116,56 @@ def test_part_as_exported_program(checkpoint, tmp_path):
             wanted = rpn.rpn_head([features[name] for name in rpn.in_features])
     for a, b in zip(found, [t for part in wanted for t in part], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_output_and_threshold(checkpoint, tmp_path, monkeypatch):
+    """Refused before the model is read; the checkpoint is never written onto."""
+    before = checkpoint.read_bytes()
+    (tmp_path / "file").touch()
+    for output, threshold, message in (
+        (checkpoint, 0.5, "is the checkpoint: name another file"),
+        (tmp_path, 0.5, "is a folder: name a file"),
+        ("", 0.5, "is a folder: name a file"),
+        (tmp_path / "file/x.pt", 0.5, "can't be written"),
+        (tmp_path / "x.pt", 5, "--threshold is 5.0: use a number from 0 to 1"),
+        (tmp_path / "x.pt", "nan", "--threshold is nan"),
+    ):
+        arguments = ("--format", "torchscript", "--output", output, "--threshold", threshold)
+        line = exit_line(monkeypatch, "export_model.py", "--checkpoint", checkpoint, *arguments)
+        assert message in line
+    assert checkpoint.read_bytes() == before and sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else name)
+    with pytest.raises(ExportError, match="needs onnx: pip install onnx, or"):
+        export_checkpoint(tmp_path / "model.pth", "onnx", tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+@pytest.mark.parametrize("objects", [1, 3])
+def test_every_difference_is_found(wrong, objects):
+    """In boxes, classes and scores, of a single object too."""
+    outputs = [
+        torch.rand(objects, 4) * 50,
+        torch.arange(objects),
+        torch.linspace(0.9, 0.6, objects),
+    ]
+
+    class Detector(torch.nn.Module):
+        model = SimpleNamespace(
+            roi_heads=SimpleNamespace(box_predictor=SimpleNamespace(test_topk_per_image=100))
+        )
+
+        def forward(self, image):
+            return outputs
+
+    image = torch.zeros(3, 64, 64)
+    export._compare(Detector(), lambda image: outputs, [image])
+    different = [values.clone() for values in outputs]
+    different[wrong][-1] += 1
+    with pytest.raises(ExportError, match=("boxes", "other classes", "scores")[wrong]):
+        export._compare(Detector(), lambda image: different, [image])
 
 
 def test_one_line_errors(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetMapper
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
@@ -19,6 +20,7 @@ from mabn_d2 import SafeCheckpointer, load_predictor
 from mabn_d2.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from mabn_d2.commands.predict import main
 from mabn_d2.data.mapper import BadImageError
+from mabn_d2.engine.predict_files import find_images
 from mabn_d2.layers import CenConv2d, MABN2d
 from mabn_d2.modeling.norm import build_model
 from paths import ROOT
@@ -204,6 +206,44 @@ def test_inputs(checkpoint, photos, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="'nothing' is no image"):
         predict(checkpoint, tmp_path / "none", "nothing")
     assert not (tmp_path / "none").exists()
+
+
+def test_thin_image_is_left_out(checkpoint, photos, tmp_path, capsys):
+    Image.new("RGB", (4000, 1)).save(tmp_path / "thin.png")
+    _, _, images = predict(checkpoint, tmp_path / "out", tmp_path / "thin.png", photos / "a")
+    assert len(images["images"]) == len(list((photos / "a").iterdir()))
+    assert "thin.png: an image of 4000 x 1 pixels is too thin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "out"])
+def test_output_that_cannot_be_written(checkpoint, photos, tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pictures").touch()
+    with pytest.raises(SystemExit, match="--output .* can't be written to .*: name another folder"):
+        predict(checkpoint, tmp_path / place, photos)
+
+
+def test_images_behind_a_link(checkpoint, photos, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(photos / "a")
+    (tmp_path / "in/back").symlink_to(tmp_path / "in")
+    assert len(find_images([str(tmp_path / "in")], tmp_path / "out")) == len(
+        list((photos / "a").iterdir())
+    )
+
+
+def test_gray_images_for_a_model_of_gray_images(checkpoint, photos):
+    """INPUT.FORMAT L: what Detectron2's mapper makes of a file."""
+    predictor = load_predictor(checkpoint, "cpu")
+    predictor.cfg.defrost()
+    predictor.cfg.INPUT.FORMAT = "L"
+    path = next((photos / "a").iterdir())
+    mapper = DatasetMapper(predictor.cfg, is_train=False)
+    wanted = mapper({"file_name": str(path)})["image"]
+    found = predictor.to_tensor(predictor.read(path))
+    assert found.shape == wanted.shape and len(found) == 1
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=2)
 
 
 def test_links_in_the_output_folder_lead_nowhere(checkpoint, photos, tmp_path):

@@ -57,7 +57,9 @@ def read_folder(
             "part named train"
         )
     coco = {key: read_coco(file) for key, file in files.items()}
-    rewritten = {key for key, file in files.items() if _with_whole_ids(coco[key]) | _is_encoded(file)}
+    rewritten = {
+        key for key, file in files.items() if _with_whole_ids(coco[key]) | _is_encoded(file)
+    }
     categories, changed, notes = unify_categories(files, coco, class_names)
     changed |= rewritten
     parts = {

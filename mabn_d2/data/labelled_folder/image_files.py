@@ -85,7 +85,6 @@ class ImageFinder:
         best = max(lengths)
         return same[lengths.index(best)] if lengths.count(best) == 1 else None
 
-
     def _is_of_other_part(self, path: str) -> bool:
         if self.part == WHOLE:
             return False
