@@ -32,7 +32,6 @@ class _CenConv(torch.autograd.Function):
         return torch.convolution(x, center_weight(weight).to(dtype), bias, *geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 10
@@ -48,10 +47,25 @@ class _CenConv(torch.autograd.Function):
         )
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
-            dweight.sub_(dweight.mean(dim=(1, 2, 3), keepdim=True))  # nobody else has it
+            mean = dweight.mean(dim=(1, 2, 3), keepdim=True)
+            # In place, as nobody else has it; but for a second derivative.
+            dweight = dweight - mean if torch.is_grad_enabled() else dweight.sub_(mean)
         if dbias is not None:
             dbias = dbias.to(ctx.bias[0])
         return dx, dweight, dbias, *(None,) * 7
+
+
+def _is_cast(tensor: torch.Tensor) -> bool:
+    """Return whether autocast changes the dtype of a convolution's argument."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def _is_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation looks at what runs now."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class CenConv2d(nn.Conv2d):
@@ -75,11 +89,15 @@ class CenConv2d(nn.Conv2d):
             or isinstance(self.padding, str)
             or self.padding_mode != "zeros"
             or not torch.amp.is_autocast_available(input.device.type)  # meta
+            or input.dim() != 4
+            or _is_transformed()
         ):
             return super()._conv_forward(input, center_weight(weight), bias)
         device, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and _is_cast(input) and _is_cast(weight):
             dtype = torch.get_autocast_dtype(device)
+        elif dtype != weight.dtype:
+            return super()._conv_forward(input, center_weight(weight), bias)  # its error
         geometry = self.stride, self.padding, self.dilation, False, (0, 0), self.groups
         with torch.autocast(device, enabled=False):
             return _CenConv.apply(input.to(dtype), weight, bias, dtype, *geometry)

@@ -42,7 +42,7 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
     .. math:: R = E[x^2] = \sum_{batches} \sum_{n,h,w} x_{nchw}^2 \Big/ \sum_{batches} N H W
 
     (section 3 of "Rethinking Batch in BatchNorm", https://arxiv.org/abs/2105.07576, argues for the
-    like in BatchNorm.) MABN layers normalize by running_var meanwhile, as in evaluation, and are
+    same in BatchNorm.) MABN layers normalize by running_var meanwhile, as in evaluation, and are
     set one after the other, in the order in which the model uses them: what reaches a layer was
     normalized by the new values of all before it. So the result depends neither on the values of
     before nor on how the same images are cut into batches, or spread over ranks (up to rounding).
@@ -51,7 +51,8 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
 
     1. each layer takes forwards over all batches up to itself: half a forward for each layer and
        batch, where BatchNorm's counterpart takes one for each batch. Few batches do, since each
-       has thousands of pixels, fewer in the RoI heads;
+       has thousands of pixels, fewer in the RoI heads. Numbers and texts that a forward assigns to
+       modules (a counter of calls) are set back where it ends early;
     2. the batches stay in memory, on the data loader's side, until the end;
     3. the model's mode is left as it is, but for MABN's. Detectron2's detectors sample RoIs at
        random in training mode; their heads then get values that vary by the draw.
@@ -62,7 +63,7 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
         data_loader: an iterable of batches.
         num_iters: the number of batches to take.
     Raises:
-        ValueError: if there are fewer batches, or no layer to set.
+        ValueError: if there are fewer batches, on any rank, or no layer to set.
         FloatingPointError: naming a layer that something reaches that is not finite; nothing has
             changed then.
     """
@@ -75,18 +76,19 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
             "grad"
         )
     batches = list(islice(data_loader, num_iters))
-    if not batches or len(batches) < num_iters:
+    # The least of all ranks, which have to go on or to stop together.
+    (least,) = _reduced(torch.tensor([len(batches)]), layers, "MIN").tolist()
+    if least < max(num_iters, 1):
         raise ValueError(
-            f"{num_iters} batches are to be read, at least 1, but the data loader has "
-            f"{len(batches)}: change num_iters (TEST.PRECISE_BN.NUM_ITER)"
+            f"{num_iters} batches are to be read, at least 1, but the data loader has {least}: change "
+            "num_iters (TEST.PRECISE_BN.NUM_ITER)"
         )
     before = {layer: layer.running_var.clone() for layer in layers}
     try:
         with _as_in_evaluation(layers):
-            calls = _calls(model, layers, batches[0])
-            order = [*calls, *(layer for layer in layers if layer not in calls)]
-            for index, layer in enumerate(order, start=1):
-                x2 = _second_moment(model, layer, batches, calls.get(layer))
+            calls = [_calls(model, layers, batch) for batch in batches]
+            for index, layer in enumerate(_order(layers, calls), start=1):
+                x2 = _second_moment(model, layer, batches, [c.get(layer) for c in calls])
                 if x2 is None:
                     _logger.warning(f"no batch reaches {layers[layer]}: its running_var is left")
                 elif not x2.isfinite().all():
@@ -96,8 +98,8 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
                     )
                 else:
                     layer.running_var.copy_(x2)
-                if index % 10 == 0 or index == len(order):
-                    _logger.info(f"recalibrated {index} of {len(order)} MABN layers")
+                if index % 10 == 0 or index == len(layers):
+                    _logger.info(f"recalibrated {index} of {len(layers)} MABN layers")
     except BaseException:
         for layer, running_var in before.items():
             layer.running_var.copy_(running_var)
@@ -132,16 +134,54 @@ def _calls(model: nn.Module, layers: Iterable[MABN2d], batch: Any) -> dict[MABN2
     return calls
 
 
+def _order(layers: Iterable[MABN2d], calls: Iterable[dict[MABN2d, int]]) -> list[MABN2d]:
+    """Return the layers in the order of their first use, the same on all ranks."""
+    layers = list(layers)
+    first = torch.full((len(layers),), len(layers))
+    position = {layer: i for i, layer in enumerate(layers)}
+    for used in calls:
+        for turn, layer in enumerate(used):
+            first[position[layer]] = min(turn, int(first[position[layer]]))
+    turns = _reduced(first, layers, "MIN").tolist()
+    return sorted(layers, key=lambda layer: (turns[position[layer]], position[layer]))
+
+
+def _reduced(values: torch.Tensor, layers: Iterable[MABN2d], operation: str) -> torch.Tensor:
+    """Return `values` reduced over all ranks, by way of the device of the layers."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    values = values.to(next(iter(layers)).running_var.device)
+    dist.all_reduce(values, getattr(dist.ReduceOp, operation))
+    return values
+
+
+@contextmanager
+def _set_back(model: nn.Module) -> Iterator[None]:
+    """Set numbers and texts that a forward assigns to modules back if it ends early."""
+    kinds = (bool, int, float, str, type(None))
+    before = {
+        module: {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+        for module in model.modules()
+    }
+    try:
+        yield
+    except _Reached:
+        for module, attributes in before.items():
+            vars(module).update(attributes)
+
+
 def _second_moment(
-    model: nn.Module, layer: MABN2d, batches: Iterable[Any], calls: int | None
+    model: nn.Module, layer: MABN2d, batches: Iterable[Any], calls: Iterable[int | None]
 ) -> torch.Tensor | None:
     """Return E[x^2] (C,) over all inputs of `layer`, on all ranks; None if there are none.
 
     Args:
-        calls: how often a forward uses the layer, after which it may end; None if unknown.
+        calls: how often the forward of each batch uses the layer, after which it may end; None if
+            it did not.
     """
     total = layer.running_var.new_zeros(layer.num_features + 1, dtype=torch.float64)
-    seen = 0
+    seen: int = 0
+    last: int | None = None
 
     def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -152,19 +192,16 @@ def _second_moment(
             total[:-1] += mean_square(select_backend(x), x).double() * count
             total[-1] += count
         seen += 1
-        if seen == calls:
+        if seen == last:
             raise _Reached
 
     hook = layer.register_forward_pre_hook(add)
     try:
-        for batch in batches:
-            seen = 0
-            try:
+        for batch, uses in zip(batches, calls, strict=True):
+            seen, last = 0, uses
+            with _set_back(model):
                 model(batch)
-            except _Reached:
-                pass
     finally:
         hook.remove()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
+    total = _reduced(total, [layer], "SUM")
     return total[:-1] / total[-1] if total[-1] > 0 else None

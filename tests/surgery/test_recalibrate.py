@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from commands import run_support
 from detectors import narrow_cfg, scenes
 from mabn_d2 import update_mabn_stats
 from mabn_d2.engine import Trainer
 from mabn_d2.engine.hooks import RecalibrateMABN
-from mabn_d2.layers import CenConv2d, MABN2d
+from mabn_d2.layers import CenConv2d, MABN2d, PerLevelNorm
 from mabn_d2.modeling.norm import build_model
 
 
@@ -124,3 +125,59 @@ def test_hook(digits_cfg):
         total, count = total + x.square().sum((0, 2, 3)), count + x[:, 0].numel()
     torch.testing.assert_close(conv.norm.running_var, total / count, rtol=1e-4, atol=0)
     assert all(not torch.equal(v, torch.ones_like(v)) for v in variances(trainer.model))
+
+
+class Levels(nn.Module):
+    """A head as RetinaNet's: each norm is used once for each level, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(CenConv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(PerLevelNorm(MABN2d(3), 3) for _ in range(2))
+
+    def forward(self, levels):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            levels = [norm(conv(x)) for x in levels]
+        return levels
+
+
+@torch.no_grad()
+def test_each_level_gets_its_own():
+    model = Levels()
+    batches = [[torch.randn(2, 3, 16 // 2**i, 16 // 2**i) * 10**i for i in range(3)]] * 2
+    update_mabn_stats(model, batches, 2)
+    levels = batches[0]
+    for conv, norm in zip(model.convs, model.norms, strict=True):
+        assert norm._level == 0
+        levels = [conv(x) for x in levels]
+        for x, layer in zip(levels, norm, strict=True):
+            torch.testing.assert_close(
+                layer.running_var, x.square().mean((0, 2, 3)), rtol=1e-4, atol=0
+            )
+        levels = [layer.eval()(x) for x, layer in zip(levels, norm, strict=True)]
+
+
+class ImageByImage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4), CenConv2d(4, 4, 3), MABN2d(4))
+
+    def forward(self, images):
+        return [self.body(image[None]) for image in images]
+
+
+@pytest.mark.parametrize("sizes", [[6], [1, 5], [5, 1], [2, 1, 3]])
+def test_batches_that_use_a_layer_more_or_less_often(sizes):
+    model = ImageByImage()
+    images = torch.randn(6, 3, 8, 8) * torch.arange(1, 7)[:, None, None, None]
+    update_mabn_stats(model, [images], 1)
+    expected = variances(model)
+    update_mabn_stats(model, images.split(sizes), len(sizes))
+    torch.testing.assert_close(variances(model), expected, rtol=1e-5, atol=0)
+
+
+def test_ranks_that_use_other_layers_and_have_fewer_batches():
+    done = run_support("recalibrate_ranks.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("1.0 100.0") == 2
+    assert done.stdout.count("the data loader has 1: change num_iters") == 2
