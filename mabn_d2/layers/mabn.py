@@ -147,7 +147,7 @@ class MABN2d(ConfigurableNorm):
         self.register_buffer("iters", torch.zeros(1, dtype=torch.int64, device=device))
         rejected = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("rejected", rejected, persistent=False)
-        self._records: deque[Sequence[torch.Tensor]] = deque(maxlen=MAX_RECORDS)
+        self._forget_forwards()
         self.configure(
             eps=eps,
             momentum=momentum,
@@ -303,23 +303,44 @@ class MABN2d(ConfigurableNorm):
         )
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             self._records.appendleft(statistics)
+            self._repetitions.appendleft(None)
         return y
+
+    def _forget_forwards(self) -> None:
+        # The Statistics of the last forwards, the newest first, and how often each has been repeated
+        # (1,), None for never.
+        self._records: deque[Sequence[torch.Tensor]] = deque(maxlen=MAX_RECORDS)
+        self._repetitions: deque[torch.Tensor | None] = deque(maxlen=MAX_RECORDS)
 
     def _repeat(self, backend: Any, x: torch.Tensor) -> torch.Tensor | None:
         """Repeat a forward for activation checkpointing; return None if x is like none on record.
 
-        The record is found on the device: the last one whose x2 is nearest. A forward without
-        gradients was not counted, such as the first one of reentrant checkpointing: it is now.
+        The record is found on the device: that whose x2 is nearest. If the same input came several
+        times, it is the one that was repeated least often, of these the newest, because a backward
+        runs through the forwards in reverse. A forward without gradients was not counted, such as the
+        first one of reentrant checkpointing: it is now.
         """
         with torch.no_grad():
             x2 = mean_square(backend, x, self._group_size)
-            records = [Statistics(*record) for record in self._records]
-            records = [r for r in records if (r.x2.shape, r.x2.dtype) == (x2.shape, x2.dtype)]
+            records = {i: Statistics(*record) for i, record in enumerate(self._records)}
+            records = {
+                i: r for i, r in records.items() if (r.x2.shape, r.x2.dtype) == (x2.shape, x2.dtype)
+            }
             if not records:
                 return None
-            stacked = Statistics(*map(torch.stack, zip(*records, strict=True)))
+            stacked = Statistics(*map(torch.stack, zip(*records.values(), strict=True)))
             distance = (stacked.x2.nan_to_num() - x2.nan_to_num()).abs().flatten(1).sum(1)
-            nearest = distance.argmin(0, keepdim=True)
+            never = distance.new_zeros(1)
+            times = torch.cat(
+                [never if (n := self._repetitions[i]) is None else n for i in records]
+            )
+            nearest = torch.where(distance == distance.min(), times, torch.inf).argmin(
+                0, keepdim=True
+            )
+            for i, repeated in zip(
+                records, times.index_add(0, nearest, never + 1).split(1), strict=True
+            ):
+                self._repetitions[i] = repeated
             first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
             new, finite = ~first.counted, functional.is_finite(x2.flatten())
             state = self.buffer_x2, self.running_var, self.iters
@@ -367,10 +388,14 @@ class MABN2d(ConfigurableNorm):
             self._migrate_version_1(state_dict, prefix)
         if prefix + "running_var" in state_dict:  # else the caller hears what is missing
             self._fit_windows(state_dict, prefix)
-        self._records.clear()
+        self._forget_forwards()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # In no state dict, so it has no data in a layer that comes from the meta device.
+        if self.rejected.device != self.running_var.device:
+            self.rejected = torch.zeros_like(self.rejected, device=self.running_var.device)
+        self.rejected.zero_()
 
     def _migrate_version_1(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Bring the shapes and names of the published layers' state to version 2, in place.
@@ -406,16 +431,22 @@ class MABN2d(ConfigurableNorm):
                     f"{prefix}{misfits[0]} does not fit a window of {self.window}: "
                     "the windows start empty"
                 )
-            found = {name: torch.zeros_like(value) for name, value in own.items()}
+            # A layer on the meta device gets its state by assignment.
+            like = state_dict[prefix + "running_var"]
+            found = {
+                name: torch.zeros_like(value, device=like.device if value.is_meta else None)
+                for name, value in own.items()
+            }
         state_dict.update({prefix + name: value for name, value in found.items()})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._records.clear()
+        self._forget_forwards()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": deque(maxlen=MAX_RECORDS)}
+        empty: deque[Any] = deque(maxlen=MAX_RECORDS)
+        return {**self.__dict__, "_records": empty, "_repetitions": empty.copy()}
 
     def __prepare_scriptable__(self) -> "MABN2d":
         """Refuse torch.jit.script, which calls this."""

@@ -78,11 +78,6 @@ def _remove(hooks: dict, hook: object) -> None:
         del hooks[key]
 
 
-def is_checked(norm: nn.Module) -> bool:
-    """Return True if the norm still waits for its check."""
-    return any(isinstance(hook, _CompareInput) for hook in norm._forward_pre_hooks.values())
-
-
 def remove_check(module: nn.Module) -> None:
     """Remove the hooks of a check from a norm or a convolution."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):

@@ -14,12 +14,13 @@ is taken from what the model does, as far as this can be found out:
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers import CenConv2d, CenConvTranspose2d
 from .convolutions import Convolution, is_convolution
@@ -186,7 +187,8 @@ class _Tracer(fx.Tracer):
 def _trace(owner: nn.Module) -> fx.Graph | None:
     """Return the graph of a module's forward; None if it can't be traced."""
     shell = copy.copy(owner)  # takes what the forward assigns
-    shell._modules = dict(owner._modules)
+    # Not by assignment, which a module of torch.compile passes on to the module that it wraps.
+    vars(shell)["_modules"] = dict(owner._modules)
     try:
         graph = _Tracer().trace(shell)
     except Exception:  # whatever a forward raises that gets no tensors
@@ -344,8 +346,8 @@ def _by_data(
             handles.append(norm.register_forward_pre_hook(before_norm, with_kwargs=True))
             handles.append(norm.register_forward_hook(after_norm))
         model.eval()
-        with users:
-            result = run(model, example_inputs)
+        with _without_zeros(model), users:
+            result = run(model, _with_noise(example_inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -368,6 +370,36 @@ def _by_data(
         )
         found[norm] = Pair(fed_by, True, exclusive)
     return found
+
+
+@contextmanager
+def _without_zeros(model: nn.Module) -> Iterator[None]:
+    """Fill parameters that are all zero: a branch that they switch off would not show in the values."""
+    generator = torch.Generator().manual_seed(0)
+    zeros = [p.data for p in model.parameters() if p.is_floating_point() and not p.data.any()]
+    try:
+        for parameter in zeros:
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+        yield
+    finally:
+        for parameter in zeros:
+            parameter.zero_()
+
+
+def _with_noise(example_inputs: Any) -> Any:
+    """Return inputs in which no floating-point tensor is constant, as torch.zeros is.
+
+    The noise is positive and small, so that what is an image stays one.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def add(leaf: Any) -> Any:
+        if not (isinstance(leaf, torch.Tensor) and leaf.is_floating_point()):
+            return leaf
+        noise = 0.01 * torch.rand(leaf.shape, generator=generator)
+        return leaf + noise.to(leaf.device, leaf.dtype)
+
+    return tree_map(add, example_inputs)
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:

@@ -153,3 +153,26 @@ def test_a_converted_network(operators, split_batch, dtype, use_reentrant):
             assert_close(a, b, torch.float32, factor=20)
         # The network turns a difference of one rounding in its statistics into one of 1e-3 or more.
         plain.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("split_batch", [False, True])
+@pytest.mark.parametrize("times", [2, 3])
+def test_the_same_input_again(operators, split_batch, times):
+    """Two views of one batch, each with a loss of its own: each repetition has its own statistics."""
+    settings = {"simulated_batch_size": 6, "warmup_iters": 2, "clip_start": 4}
+    settings |= {"split_batch": split_batch}
+    net = nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4, **settings), nn.ReLU(), CenConv2d(4, 4, 3),
+                        MABN2d(4, **settings))  # fmt: skip
+    plain = copy.deepcopy(net)
+    for i in range(8):
+        x = torch.randn(4, 3, 9, 8) * (1 + i % 3)
+        for model, run in (
+            (plain, plain),
+            (net, lambda x: checkpoint(net, x, use_reentrant=False)),
+        ):
+            model.zero_grad()
+            sum((n + 1) * (run(x) + n).sin().sum() for n in range(times)).backward()
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            assert_close(a.grad, b.grad, torch.float32, factor=10)
+        for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+            assert_close(a, b, torch.float32 if a.is_floating_point() else torch.float64)

@@ -84,3 +84,23 @@ def test_missing_parts_are_reported():
         rest = {key: value for key, value in state.items() if key != name}
         with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
             make_layer().load_state_dict(rest)
+
+
+@pytest.mark.parametrize("window", [M, 2 * M])
+@pytest.mark.parametrize("with_windows", [True, False])
+def test_layer_on_the_meta_device(window, with_windows):
+    """State comes by assignment, or into memory that is not initialized."""
+    state = train(make_layer(), 6).state_dict()
+    if not with_windows:
+        state = {name: value for name, value in state.items() if name not in WINDOWED}
+    for assign in (True, False):
+        with torch.device("meta"):
+            layer = make_layer(simulated_batch_size=2 * window)
+        if not assign:
+            layer.to_empty(device="cpu")
+            layer.rejected.fill_(7)
+        layer.load_state_dict(copy.deepcopy(state), assign=assign, strict=with_windows)
+        assert layer.rejected.item() == 0 and layer.iters.item() == (
+            6 if with_windows and window == M else 0
+        )
+        train(layer, 1)

@@ -286,3 +286,47 @@ def test_check_of_user_hooks_and_train_flags():
     model.bn.train()
     model(images())
     assert calls == [1, 1] and not model.bn._forward_pre_hooks
+
+
+class BeforeTheNorm(nn.Module):
+    """Something between convolution and norm that some inputs or first weights hide."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.what = what
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = torch.relu(y) if self.what == "relu" else y + self.scale * x
+        return self.norm(y)
+
+
+@pytest.mark.parametrize("what", ["relu", "ReZero"])
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), torch.randn(1, 4, 8, 8)]
+)
+def test_example_inputs_that_hide_something(what, inputs):
+    """Zeros pass a ReLU, and a branch with a factor of zero adds nothing at first."""
+    model = BeforeTheNorm(what)
+    with pytest.raises(ValueError, match="norm"):
+        convert_mabn(model, example_inputs=inputs)
+    assert model.scale.item() == 0 and isinstance(model.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_models(inside):
+    """Converted and folded in place behind torch.compile."""
+    parts = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model = torch.compile(parts, backend="eager")
+    model = nn.Sequential(model) if inside else model
+    model = convert_mabn(model, simulated_batch_size=4)
+    assert isinstance(parts[1], MABN2d) and list(parts._modules) == ["0", "1", "2"]
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(3):
+        model(x).sum().backward()
+    wanted = parts.eval()(x)
+    folded = fold_mabn(model, "conv")
+    torch.testing.assert_close(folded(x), wanted, rtol=1e-4, atol=1e-5)
