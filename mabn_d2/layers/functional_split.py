@@ -15,6 +15,7 @@ import torch
 from .functional import is_finite, renorm, scales
 from .ops import torch_passes
 from .ops.memory_format import dense_like
+from .ops.second_backward import refuse_second_backward
 
 
 def group_sizes(n: int, batch_size: int, like: torch.Tensor) -> int | torch.Tensor:
@@ -177,6 +178,7 @@ class _MABNGroups(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 11
+        refuse_second_backward(ctx)
         x, scale, shift, var, r_std, _, use_batch_stats = ctx.saved_tensors
         (n, c, h, w), batch_size = x.shape, ctx.batch_size
         dy = dense_like(dy, x)

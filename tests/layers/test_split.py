@@ -188,3 +188,19 @@ def test_windows_of_another_form_or_length_start_empty(caplog):
         assert torch.equal(target.running_var, source.running_var)
         assert "the windows start empty" in caplog.text
         caplog.clear()
+
+
+def test_second_backward_is_refused(operators):
+    """It would count the statistics of the groups twice; the ordinary form writes the same slot again."""
+    for split_batch in (True, False):
+        layer = MABN2d(3, simulated_batch_size=8, warmup_iters=0, split_batch=split_batch)
+        for _ in range(6):
+            layer(torch.randn(4, 3, 4, 4)).sin().sum().backward()
+        x = torch.randn(4, 3, 4, 4, requires_grad=True)
+        loss = layer(x).sin().sum()
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        if split_batch:
+            with pytest.raises(RuntimeError, match="call backward once, of the sum of the losses"):
+                loss.backward()
+        else:
+            torch.testing.assert_close(torch.autograd.grad(loss, x)[0], first)

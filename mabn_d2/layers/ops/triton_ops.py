@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .memory_format import dense_like, memory_format_of
+from .second_backward import refuse_second_backward
 from .triton_kernels import unavailable as unavailable
 from .triton_launch import current_stream
 from .triton_plan import LayerPlan, affine_plan, combine_plan, layer_plan, sums_plan
@@ -201,6 +202,8 @@ class _MABN(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
+        if ctx.plan.grouped:
+            refuse_second_backward(ctx)
         x, vectors = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
         dx, dweight, dbias = _backward(ctx.plan, dy, x, vectors, ctx.psi_window, needs_dx)

@@ -410,6 +410,11 @@ Tensor dense_like(const Tensor& dy, const Tensor& x) {
                                          : at::MemoryFormat::ChannelsLast);
 }
 
+// As in second_backward.py.
+constexpr char kSecondBackward[] =
+    "SplitMABN2d has no second backward through the same forward, which would count its statistics "
+    "twice: call backward once, of the sum of the losses";
+
 struct MABN : torch::autograd::Function<MABN> {
   using Context = torch::autograd::AutogradContext;
   using Variables = torch::autograd::variable_list;
@@ -441,6 +446,11 @@ struct MABN : torch::autograd::Function<MABN> {
     Variables results(7);
     const Tensor& dy = gradients[0];
     if (!dy.defined()) return results;
+    if (context->saved_data["batch_size"].toInt() > 0) {
+      // Its groups have left the window's place for them; another backward would count them again.
+      TORCH_CHECK(!context->saved_data.count("done"), kSecondBackward);
+      context->saved_data["done"] = true;
+    }
     // Outside of the guard: to get them, activation checkpointing runs forwards again.
     const Variables saved = context->get_saved_variables();
     {
