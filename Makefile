@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?=
 # DETECTRON2: source to build Detectron2 from, a folder or a URL; default: tools/install_detectron2.py.
 DETECTRON2 ?=
+# Used in another folder too.
+override DETECTRON2 := $(if $(wildcard $(DETECTRON2)),$(abspath $(DETECTRON2)),$(DETECTRON2))
 # Processes of make test, each with its own test files.
 JOBS ?= 2
 # For each of the three targets of make fuzz.
@@ -79,13 +81,13 @@ test-oldest:
 test-official:
 	@test -n "$(DETECTRON2)" || { echo "make test-official: add DETECTRON2=<folder or URL>" >&2; exit 1; }
 	$(call COPY,build/official)
-	$(MAKE) -C build/official env
+	$(MAKE) -C build/official env DETECTRON2='$(DETECTRON2)'
 	build/official/.venv/bin/python -c 'import detectron2._C' ||
 		{ echo "make test-official: $(DETECTRON2) has no compiled operators" >&2; exit 1; }
 	# A project of the source whose convolution the tests centre; the package does not contain it.
 	test ! -d "$(DETECTRON2)/projects/TridentNet" ||
-		export PYTHONPATH="$(abspath $(DETECTRON2))/projects/TridentNet"
-	$(MAKE) -C build/official test
+		export PYTHONPATH="$(DETECTRON2)/projects/TridentNet"
+	$(MAKE) -C build/official test DETECTRON2='$(DETECTRON2)'
 
 lint: $(READY)
 	@$(PY) -m ruff check .

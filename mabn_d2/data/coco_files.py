@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 
 from .coco_check import Edit, apply_edits
 from .coco_parsing import local_path, paused_gc, read_json
+from .errors import copies_that_fit
 
 
 class CheckedFile:
@@ -41,7 +42,7 @@ class CheckedFile:
     def share(self, folder: str) -> None:
         """Write the content to a file in `folder` that is read several times faster than JSON."""
         self.shared = os.path.join(folder, f"{abs(hash(self.path))}.marshal")
-        with open(self.shared, "wb") as file:
+        with copies_that_fit(folder), open(self.shared, "wb") as file:
             marshal.dump(self.content, file)
 
     def for_other_process(self) -> "CheckedFile":
@@ -130,7 +131,7 @@ def _same(path: str, other: str) -> bool:
 def write_corrected(path: str, content: dict, folder: str) -> str:
     """Write corrected content to a JSON file in `folder`, and return its path."""
     copy = os.path.join(folder, f"{abs(hash(path))}-{os.path.basename(path)}")
-    with open(copy, "w", encoding="utf-8") as file:
+    with copies_that_fit(folder), open(copy, "w", encoding="utf-8") as file:
         file.write(json.dumps(content))
     return copy
 

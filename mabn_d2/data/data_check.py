@@ -60,13 +60,18 @@ def check_requirements(wanted: DataRequirements) -> dict[str, int]:
             if another process reports it.
     """
     local_rank = comm.get_local_rank()
-    outcome = None
+    outcome, unexpected = None, None
     if local_rank == 0:
         try:
             outcome = _check_here(wanted, share=comm.get_local_size() > 1)
         except DataError as error:
             outcome = _Outcome(error)
+        except Exception as error:  # of any kind: the others would wait for ever
+            unexpected = error
+            outcome = _Outcome(DataError(f"the check failed: {type(error).__name__}: {error}"))
     outcomes = comm.all_gather(outcome)
+    if unexpected is not None:
+        raise unexpected
     own = outcomes[comm.get_rank() - local_rank]
     refusal = own.error or next((o.error for o in outcomes if o and o.error), None)
     if refusal is not None:

@@ -1,5 +1,8 @@
 """Errors of data that a user can correct."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DataError(ValueError):
     """Data that can't be used, or that contradicts the config: one line with the remedy.
@@ -9,6 +12,18 @@ class DataError(ValueError):
     """
 
     said_elsewhere = False
+
+
+@contextmanager
+def copies_that_fit(folder: str) -> Iterator[None]:
+    """Turn an error of the file system, while copies are written to a folder, into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"no copy of the annotations can be written to {folder} ({error.strerror}): free space "
+            "there, or set TMPDIR to another folder"
+        ) from error
 
 
 class BadAnnotationError(DataError):

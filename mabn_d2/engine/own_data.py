@@ -129,6 +129,7 @@ def _prepare(
         _prepared_alone[:] = [(request, prepared)]
         return prepared
     own: PreparedFolder | DataError | None = None
+    unexpected: Exception | None = None
     first = comm.get_rank() - comm.get_local_rank()
     if comm.get_local_rank() == 0:
         before = _prepared_alone.pop() if _prepared_alone else (None, None)
@@ -136,7 +137,12 @@ def _prepare(
             own = before[1] if before[0] == request else prepare_folder(*request)
         except DataError as error:
             own = error
+        except Exception as error:  # of any kind: the others would wait for ever
+            unexpected = error
+            own = DataError(f"the folder can't be read: {type(error).__name__}: {error}")
     prepared = comm.all_gather(own)
+    if unexpected is not None:
+        raise unexpected
     refusal = next((p for p in (prepared[first], *prepared) if isinstance(p, DataError)), None)
     if refusal is not None:
         refusal.said_elsewhere = comm.get_local_rank() > 0 or prepared[first] is not refusal

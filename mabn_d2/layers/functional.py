@@ -11,6 +11,8 @@ Per-channel vectors are (C,), windows (m, C). Nothing here synchronizes with the
 conditions are tensors, branches are `torch.where`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,10 +96,37 @@ def advance(
     return var, r, slot, use_batch_stats
 
 
+def refusing_repetition(advance: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `advance` raise RuntimeError where compiled code repeats it for activation checkpointing.
+
+    Outside of torch.compile the layer recognizes the repetition (`MABN2d._repeat`). Compiled code
+    would move the state twice, or use the state that the first time has moved.
+    """
+
+    @functools.wraps(advance)
+    def checked(
+        x2: torch.Tensor, accepted: torch.Tensor, buffer_x2: torch.Tensor, *arguments: Any
+    ) -> Any:
+        in_backward = torch._C._current_graph_task_id() != -1
+        # A forward without gradients, such as the first one of reentrant checkpointing, has moved
+        # nothing: its repetition is the first time.
+        if in_backward and torch.isclose(buffer_x2, x2[-1:] if x2.dim() > 1 else x2).all(1).any():
+            raise RuntimeError(
+                "MABN2d can't be repeated by activation checkpointing under torch.compile: it would "
+                "count a batch twice; checkpoint with use_reentrant=True around the compiled module, "
+                "or do without one of them"
+            )
+        return advance(x2, accepted, buffer_x2, *arguments)
+
+    return checked
+
+
 # For torch.compile: its partitioner would compute r again in the backward, from a running_var that
 # has moved since. It keeps the results of a custom operator.
 advance_op = torch.library.custom_op(
-    "mabn_d2::advance", advance, mutates_args=("buffer_x2", "running_var", "iters")
+    "mabn_d2::advance",
+    refusing_repetition(advance),
+    mutates_args=("buffer_x2", "running_var", "iters"),
 )
 
 

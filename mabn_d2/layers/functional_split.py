@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .functional import is_finite, renorm, scales
+from .functional import is_finite, refusing_repetition, renorm, scales
 from .ops import torch_passes
 from .ops.memory_format import dense_like
 from .ops.second_backward import refuse_second_backward
@@ -126,7 +126,7 @@ def advance_groups(
 # A custom operator for torch.compile, for the reason given at `functional.advance_op`.
 advance_groups_op = torch.library.custom_op(
     "mabn_d2::advance_groups",
-    advance_groups,
+    refusing_repetition(advance_groups),
     mutates_args=("buffer_x2", "running_var", "iters"),
 )
 

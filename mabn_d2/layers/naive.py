@@ -31,6 +31,10 @@ class NaiveMABN2d(nn.Module):
         dtype: of parameters and statistics.
     """
 
+    running_var: torch.Tensor
+    window_x2: torch.Tensor
+    window_gz: torch.Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -46,9 +50,9 @@ class NaiveMABN2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, dtype=dtype))
-        self.running_var = torch.ones(num_features, dtype=dtype)
-        self.window_x2 = torch.zeros(window, num_features, dtype=dtype)
-        self.window_gz = torch.zeros(window, num_features, dtype=dtype)
+        self.register_buffer("running_var", torch.ones(num_features, dtype=dtype))
+        self.register_buffer("window_x2", torch.zeros(window, num_features, dtype=dtype))
+        self.register_buffer("window_gz", torch.zeros(window, num_features, dtype=dtype))
         self.t, self.eps, self.momentum, self.relu = 0, eps, momentum, relu
         self.warmup_iters, self.clip_start, self.clip_limit = warmup_iters, clip_start, clip_limit
 

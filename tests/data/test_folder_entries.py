@@ -1,12 +1,14 @@
 """Labelled folders whose entries are doubtful: the image of another part, two entries for one image."""
 
+import errno
 import json
 import os
+import tempfile
 
 import pytest
 
 from exports import edit, write_export
-from mabn_d2.data.errors import BadAnnotationError
+from mabn_d2.data.errors import BadAnnotationError, DataError
 from mabn_d2.data.labelled_folder import mask_kind, prepare_folder, read_folder
 from mabn_d2.data.labelled_folder.contents import image_hash
 from mabn_d2.data.labelled_folder.image_files import image_files
@@ -123,3 +125,15 @@ def test_class_name_that_cannot_be_written(tmp_path):
     edit(folder / "labels.json", lambda c: c["categories"][0].update(name="\ud83d"))
     with pytest.raises(BadAnnotationError, match="give it an integer and a text"):
         read_folder(folder)
+
+
+def test_no_room_for_a_copy(tmp_path, monkeypatch):
+    """A full disk under TMPDIR is one line."""
+    folder = write_export(tmp_path / "e", "json")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(DataError, match="No space left on device.: free space .* set TMPDIR"):
+        prepare_folder(folder)

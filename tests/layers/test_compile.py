@@ -4,11 +4,19 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mabn_d2.layers import CenConv2d, MABN2d
 from reference import assert_close
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5)
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_graphs():
+    """Other tests' would count for the limit of recompilations, beyond which nothing is compiled."""
+    torch._dynamo.reset()
 
 
 def make_net(device, **arguments):
@@ -76,3 +84,33 @@ def test_autocast(device, compiled):
     wanted = net(x)
     with torch.autocast(device, torch.bfloat16), torch.no_grad():
         assert_close(run(x), wanted, torch.bfloat16, factor=2)
+
+
+@pytest.mark.parametrize("outside", ["checkpoint", "compile"])
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_activation_checkpointing_is_refused(split_batch, outside):
+    """Compiled code would count a batch twice; with use_reentrant=True it counts it once."""
+    settings = {"simulated_batch_size": 6, "warmup_iters": 2, "clip_start": 4}
+    net = nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4, **settings, split_batch=split_batch))
+
+    def compiled(function):
+        return torch.compile(function, backend="aot_eager")
+
+    if outside == "checkpoint":
+        inner = compiled(net)
+        run = lambda x: checkpoint(inner, x, use_reentrant=False)  # noqa: E731
+    else:
+        run = compiled(lambda x: checkpoint(net, x, use_reentrant=False))
+    x = torch.randn(4, 3, 9, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="can't be repeated by activation checkpointing"):
+        run(x).sin().sum().backward()
+    if outside == "checkpoint":
+        plain = copy.deepcopy(net)
+        for _ in range(4):
+            x = torch.randn(4, 3, 9, 8, requires_grad=True)
+            net.zero_grad()
+            plain.zero_grad()
+            checkpoint(inner, x, use_reentrant=True).sin().sum().backward()
+            plain(x).sin().sum().backward()
+            for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)

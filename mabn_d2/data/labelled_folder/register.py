@@ -11,6 +11,7 @@ from typing import NamedTuple
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ..errors import copies_that_fit
 from .contents import Contents, read_folder
 from .layouts import PART_NAMES, WHOLE
 from .summary import PartSummary, summarize
@@ -117,9 +118,10 @@ def _register(name: str, folder: PreparedFolder, part: PreparedPart) -> None:
 
 
 def _write_copy(contents: Contents) -> str:
-    if not _COPIES:
-        _COPIES.append(tempfile.TemporaryDirectory(prefix="mabn_d2-"))
-    scratch = tempfile.mkdtemp(dir=_COPIES[0].name)
-    copy = Path(scratch, contents.json_file.name)
-    copy.write_text(json.dumps(contents.coco), encoding="utf-8")
+    with copies_that_fit(tempfile.gettempdir()):
+        if not _COPIES:
+            _COPIES.append(tempfile.TemporaryDirectory(prefix="mabn_d2-"))
+        scratch = tempfile.mkdtemp(dir=_COPIES[0].name)
+        copy = Path(scratch, contents.json_file.name)
+        copy.write_text(json.dumps(contents.coco), encoding="utf-8")
     return str(copy)

@@ -159,11 +159,12 @@ class Launch:
         if self.programs:
             return
         if INTERPRETED:
-            self.programs, self.sizes = self._arrange(INTERPRETED_PROGRAMS)
-            return
-        compiled = self._compile(tensors)
-        fit = programs_that_fit(compiled.n_regs, *_multiprocessors(tensors[0].get_device()))
-        self.programs, self.sizes = self._arrange(fit)
+            fit = INTERPRETED_PROGRAMS
+        else:
+            compiled = self._compile(tensors)
+            fit = programs_that_fit(compiled.n_regs, *_multiprocessors(tensors[0].get_device()))
+        programs, self.sizes = self._arrange(fit)
+        self.programs = programs  # last, because another thread may look at it
 
     def _find(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> _Compiled:
         """Return the kernel for such pointers: Triton compiles for those that are multiples of 16."""
