@@ -14,7 +14,7 @@ from .surgery.fold import fold_mabn
 from .surgery.fuse_relu import fuse_relu, unfuse_relu
 from .surgery.recalibrate import update_mabn_stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "BatchRenorm2d",
