@@ -15,7 +15,7 @@ from typing import IO, Any
 from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from .coco_check import Edit, apply_edits
+from .coco_findings import Edit, apply_edits
 from .coco_parsing import local_path, paused_gc, read_json
 from .errors import copies_that_fit
 

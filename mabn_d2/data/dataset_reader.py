@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .coco_check import Edit, apply_edits, inspect, problems_by_kind, refuse
+from .coco_check import inspect
 from .coco_files import CheckedDataset, CheckedFile, registered_function
+from .coco_findings import Edit, apply_edits, problems_by_kind, refuse
 from .coco_parsing import read_json
 from .dataset_summary import DatasetSummary, summarize_records
 from .errors import BadAnnotationError, DataError

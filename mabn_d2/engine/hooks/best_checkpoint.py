@@ -18,7 +18,7 @@ NAME = "model_best"
 TASKS = ("bbox", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation")
 
 # What TEST.BEST_METRIC "auto" is for some types of evaluators.
-AUTO = {
+AUTO_METRIC = {
     "coco_panoptic_seg": "panoptic_seg/PQ",
     "sem_seg": "sem_seg/mIoU",
     "cityscapes_sem_seg": "sem_seg/IoU",
@@ -145,4 +145,4 @@ def best_metric(cfg: CfgNode) -> str:
         return metric if names else ""
     several = f"{names[0]}/" if len(names) > 1 else ""
     kind = MetadataCatalog.get(names[0]).get("evaluator_type")
-    return several + AUTO.get(kind, "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP")
+    return several + AUTO_METRIC.get(kind, "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP")

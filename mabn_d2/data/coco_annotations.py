@@ -1,0 +1,319 @@
+"""Checks the annotations of a COCO file: boxes, masks, keypoints, and what an evaluation needs."""
+
+import math
+from array import array
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from .coco_findings import Edit, Findings, Problem
+from .coco_images import Sizes
+from .coco_masks import (
+    NO_MASK,
+    POLYGONS,
+    RLE,
+    MaskScan,
+    are_numbers,
+    mask_problem,
+    scan_masks,
+    usable_polygons,
+)
+
+
+class AnnotationCheck:
+    """Looks at the annotations of a file and adds to `findings`."""
+
+    def __init__(
+        self, content: dict, sizes: Sizes, findings: Findings, masks: bool, evaluation: bool
+    ) -> None:
+        self.annotations, self.images = content["annotations"], content["images"]
+        self.findings, self.masks, self.evaluation = findings, masks, evaluation
+        positions = {image["id"]: i for i, image in enumerate(self.images)}
+        # The image of each annotation; the last entry stands for one that is not there.
+        found = (positions.get(a["image_id"], -1) for a in self.annotations)
+        self.image_of = np.fromiter(found, np.int64, len(self.annotations))
+        self.heights = np.append(sizes.heights, 0)[self.image_of]
+        self.widths = np.append(sizes.widths, 0)[self.image_of]
+
+    def inspect(self) -> None:
+        suspects = set(np.flatnonzero(self.image_of < 0).tolist())
+        suspects |= self._scan_boxes() | self._scan_others()
+        scan = scan_masks(self.annotations, self.heights, self.widths)
+        self.kinds = scan.kinds
+        self.trimmed: list[int] = []
+        self.dropped: list[int] = []
+        self.unmasked: list[int] = []
+        for position in sorted(suspects | scan.suspects):
+            self._look_at(position)
+        self._note_masks()
+        if self.masks:
+            self._compare_masks(scan)
+        if self.evaluation:
+            self._fill_in()
+        self._count()
+
+    def _scan_boxes(self) -> set[int]:
+        """Return the positions of boxes that need a closer look; note what is doubtful."""
+        numbers, bad = array("d"), set()
+        for position, annotation in enumerate(self.annotations):
+            box = annotation["bbox"]
+            try:
+                if len(box) != 4:
+                    raise ValueError
+                numbers.fromlist(box)
+            except (TypeError, ValueError, OverflowError):
+                bad.add(position)
+                numbers.extend((0, 0, 0, 0))
+        x, y, width, height = np.frombuffer(numbers).reshape(-1, 4).T
+        right, bottom = x + width, y + height
+        self.boxes = x, y, right, bottom
+        known = self.heights > 0
+        # Parts outside are common, from rounding, and clipped by Detectron2.
+        good = (
+            (width >= 0) & (height >= 0) & (right >= 0) & (bottom >= 0)
+            & (x <= self.widths) & (y <= self.heights) & (right < np.inf) & (bottom < np.inf)
+        )  # fmt: skip
+        bad.update(np.flatnonzero(known & ~good).tolist())
+        good &= known
+        beyond = good & ((right > self.widths + 1) | (bottom > self.heights + 1))
+        corners = beyond & (width > x) & (height > y)
+        corners &= (width <= self.widths + 1) & (height <= self.heights + 1)
+        tiny = good & (right <= 1) & (bottom <= 1) & (width > 0) & (height > 0)
+        empty = good & (
+            (width == 0) | (height == 0) | (x == self.widths) | (y == self.heights)
+            | (right == 0) | (bottom == 0)
+        )  # fmt: skip
+        self.has_area = ~empty
+        count = len(self.annotations)
+        self.doubtful = tiny | corners | empty | ~good  # boxes that a mask can't be compared with
+        if tiny.sum() > 0.5 * count:
+            self._note(tiny, "lie within 0..1: are they shares of the image? COCO has pixels")
+        elif corners.sum() > 0.1 * count:
+            self._note(
+                corners, "end outside of the image: are they corners? COCO has x, y, width, height"
+            )
+        elif beyond.sum() > 0.1 * count:
+            self._note(beyond, "end more than a pixel outside of the image, and are clipped")
+        if empty.any():
+            self._note(empty, "have no area inside the image, and are not trained on")
+        return bad
+
+    def _note(self, which: np.ndarray, text: str) -> None:
+        first = self.annotations[int(np.argmax(which))]
+        self.findings.notes.append(
+            f"{which.sum()} of {len(which)} boxes {text} (the first: annotation {first['id']}, "
+            f"bbox {first['bbox']})"
+        )
+
+    def _scan_others(self) -> set[int]:
+        """Return the positions whose iscrowd, ignore or keypoints need a closer look."""
+        keys = set().union(*Counter(map(tuple, self.annotations)))
+        bad = set()
+        for name, values in (("iscrowd", (0, 1)), ("ignore", (0,))):
+            if name not in keys:
+                continue
+            column = [annotation.get(name, 0) for annotation in self.annotations]
+            if set(map(type, column)) <= {int, bool} and set(column) <= set(values):
+                continue
+            for position, value in enumerate(column):
+                if value is None:  # the same as none
+                    self.findings.edits.append(Edit("annotations", position, name, 0))
+                elif type(value) not in (int, bool) or value not in values:
+                    bad.add(position)
+        if "keypoints" in keys:
+            column = [annotation.get("keypoints") or [] for annotation in self.annotations]
+            for position, points in enumerate(column):
+                if not isinstance(points, list) or len(points) % 3 or not are_numbers(points):
+                    bad.add(position)
+        return bad
+
+    def _look_at(self, position: int) -> None:
+        """Add what is wrong with one annotation."""
+        annotation = self.annotations[position]
+        name, image_id = f"annotation {annotation['id']}", annotation["image_id"]
+        size = [int(self.heights[position]), int(self.widths[position])]
+        wrong: str | None
+        if self.image_of[position] < 0:
+            wrong = f"{name} belongs to image {image_id!r}, which is not there"
+        elif not size[0]:
+            return  # it goes with its image
+        else:
+            wrong = _box_problem(annotation["bbox"], size) or _other_problem(annotation)
+            wrong = wrong or self._mask_problem(position, annotation, size)
+            wrong = wrong and f"{name} (image {image_id}) has {wrong}"
+        if wrong:
+            problem = Problem("annotations", annotation["id"], wrong, position)
+            self.findings.problems.append(problem)
+
+    def _mask_problem(self, position: int, annotation: dict, size: list[int]) -> str | None:
+        """Return what is wrong with the masks, or None if an edit repairs it."""
+        masks = annotation.get("segmentation")
+        problem = mask_problem(masks, size) if masks else None
+        if problem is None:
+            return None
+        if not self.masks:
+            self.unmasked.append(position)
+            return None
+        usable = usable_polygons(masks)
+        if usable is None or (usable and mask_problem(usable, size)):
+            return problem
+        if usable:
+            self.trimmed.append(position)
+        elif self.evaluation:
+            return problem
+        else:
+            self.dropped.append(position)
+        return None
+
+    def _note_masks(self) -> None:
+        edits, notes = self.findings.edits, self.findings.notes
+        for positions, text in (
+            (self.trimmed, "masks have a part of less than three points, which is left out"),
+            (self.dropped, "objects have a mask of less than three points, and are left out"),
+            (self.unmasked, "masks can't be used, and are left out; their boxes are used"),
+        ):
+            if positions:
+                first = self.annotations[positions[0]]["id"]
+                notes.append(f"{len(positions)} {text} (the first: annotation {first})")
+        for position in self.trimmed:
+            usable = usable_polygons(self.annotations[position]["segmentation"])
+            edits.append(Edit("annotations", position, "segmentation", usable))
+        for position in self.dropped:
+            edits.append(Edit("annotations", position, None))
+        for position in self.unmasked:
+            self.kinds[position] = NO_MASK
+            edits.append(Edit("annotations", position, "segmentation", []))
+
+    def _compare_masks(self, scan: MaskScan) -> None:
+        """Note masks that contradict their boxes."""
+        problems = {p.position for p in self.findings.problems if p.key == "annotations"}
+        used = self.kinds != NO_MASK
+        used[[*problems, *self.dropped, *self.trimmed]] = False
+        x1, y1, x2, y2 = scan.bounds.T
+        left, top, right, bottom = self.boxes
+        compared = used & (x1 <= x2) & ~(self.doubtful | scan.empty)
+        shares = (
+            compared & (x1 >= 0) & (y1 >= 0) & (x2 <= 1) & (y2 <= 1) & (right > 2) & (bottom > 2)
+        )
+        elsewhere = (x1 > right + 1) | (x2 < left - 1) | (y1 > bottom + 1) | (y2 < top - 1)
+        elsewhere &= compared & ~shares
+        for which, share, text in (
+            (shares, 0.1, "lie within 0..1: are they shares of the image? COCO has pixels"),
+            (used & scan.empty, 0, "have no area"),
+            (elsewhere, 0.1, "lie outside of their box"),
+        ):
+            if which.sum() > share * used.sum():
+                first = self.annotations[int(np.argmax(which))]["id"]
+                self.findings.notes.append(
+                    f"{which.sum()} of {used.sum()} masks {text} (the first: annotation {first})"
+                )
+
+    def _fill_in(self) -> None:
+        """What pycocotools needs for an evaluation beside what Detectron2 needs for training."""
+        filled: Counter[str] = Counter()
+
+        def fill(position: int, name: str, value: float) -> None:
+            filled[name] += 1
+            self.findings.edits.append(Edit("annotations", position, name, value))
+
+        problems = self.findings.problems
+        bad = {p.position for p in problems if p.key == "annotations"}
+        ids = [annotation["id"] for annotation in self.annotations]
+        # pycocotools stores the id of the object that a detection matches in an array of numbers,
+        # where 0 means none.
+        renumber = any(type(i) is not int or i == 0 for i in ids)
+        for position, annotation in enumerate(self.annotations):
+            if renumber:
+                self.findings.edits.append(Edit("annotations", position, "id", position + 1))
+            if position in bad:
+                continue
+            if annotation.get("iscrowd") is None:
+                fill(position, "iscrowd", 0)
+            area = annotation.get("area")
+            if not _is_number(area) or area < 0:  # of a polygon the other way round
+                size = int(self.heights[position]), int(self.widths[position])
+                fill(position, "area", _area(annotation, self.kinds[position], size))
+            if annotation.get("keypoints") and annotation.get("num_keypoints") is None:
+                visible = sum(v > 0 for v in annotation["keypoints"][2::3])
+                fill(position, "num_keypoints", visible)
+        if filled:
+            counts = ", ".join(f"{name} of {n}" for name, n in filled.items())
+            self.findings.notes.append(
+                f"filled in for the evaluation: {counts} annotations (area from the mask or the box)"
+            )
+
+    def _count(self) -> None:
+        """Fill the summary with what is left after the edits."""
+        summary = self.findings.summary
+        problems = self.findings.problems
+        left_out = {p.position for p in problems if p.key == "annotations"}
+        left_out |= set(self.dropped)
+        images = set()
+        for position, annotation in enumerate(self.annotations):
+            if position in left_out or not self.heights[position]:
+                continue  # with its image
+            kind = self.kinds[position]
+            if annotation.get("iscrowd"):
+                summary.crowds += 1
+                summary.crowds_without_mask += kind == NO_MASK
+                continue
+            summary.objects += 1
+            summary.objects_with_area += bool(self.has_area[position])
+            images.add(int(self.image_of[position]))
+            if kind == POLYGONS:
+                summary.objects_with_mask += 1
+            elif kind == RLE:
+                summary.objects_with_mask += 1
+                summary.objects_with_rle += 1
+                if not summary.rle:
+                    summary.rle = f"annotation {annotation['id']}"
+            elif not summary.no_mask:
+                summary.no_mask = f"annotation {annotation['id']}"
+            points = annotation.get("keypoints")
+            if points:
+                summary.objects_with_keypoints += 1
+                summary.keypoint_counts[len(points) // 3] += 1
+            elif not summary.no_keypoints:
+                summary.no_keypoints = f"annotation {annotation['id']}"
+        bad_images = {p.position for p in problems if p.key == "images"}
+        summary.images_with_objects = len(images - bad_images)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _area(annotation: dict, kind: int, size: tuple[int, int]) -> float:
+    """Return the area in pixels of an annotation's mask, or else of its box."""
+    import pycocotools.mask as mask_util
+
+    masks: Any = annotation.get("segmentation")
+    if kind == NO_MASK:
+        return annotation["bbox"][2] * annotation["bbox"][3]
+    if kind == POLYGONS:
+        masks = mask_util.merge(mask_util.frPyObjects(usable_polygons(masks), *size))
+    elif isinstance(masks["counts"], list):
+        masks = mask_util.frPyObjects(masks, *size)
+    return float(mask_util.area(masks))
+
+
+def _box_problem(box: Any, size: list[int]) -> str | None:
+    height, width = size
+    if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
+        return f"bbox {box!r:.80}, not four numbers within 1e9"
+    x, y, w, h = box
+    if w < 0 or h < 0 or x > width or y > height or x + w < 0 or y + h < 0:
+        return f"bbox {box} outside of the image, {width} wide and {height} high"
+    return None
+
+
+def _other_problem(annotation: dict) -> str | None:
+    points = annotation.get("keypoints") or []
+    if not isinstance(points, list) or len(points) % 3 or not are_numbers(points):
+        return "keypoints that are not three numbers each"
+    for name, values in (("iscrowd", (0, 1)), ("ignore", (0,))):
+        value = annotation.get(name, 0)
+        if value is not None and (type(value) not in (int, bool) or value not in values):
+            return f"{name} {value!r:.80}, not {' or '.join(map(str, values))}"
+    return None
