@@ -9,6 +9,7 @@ Each architecture has random weights, and random statistics in its BatchNorms.
 import copy
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,7 +168,7 @@ def survey(architecture: str) -> dict[str, str]:
             row["conversion"] = "with example_inputs"
         except ValueError as error:
             reason = str(error).splitlines()[1]
-            row["conversion"] = f"refused: {reason[:160].strip()}"
+            row["conversion"] = f"refused: {textwrap.shorten(reason, 160, placeholder=' ...')}"
             return row
     norms = [module for module in model.modules() if isinstance(module, MABN2d)]
     row["norms"] = str(len(norms))
@@ -199,7 +200,9 @@ def survey(architecture: str) -> dict[str, str]:
                 break
             except ValueError as error:
                 reason = str(error).splitlines()[1]
-                row["folds into conv"] = f"refused: {reason[:120].strip()}"
+                row["folds into conv"] = (
+                    f"refused: {textwrap.shorten(reason, 120, placeholder=' ...')}"
+                )
         if "refused" not in row["folds into conv"]:
             error = difference(folded(x), expected)
             assert error < 1e-4, f"fold into conv differs by {error}"
