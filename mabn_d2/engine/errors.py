@@ -37,6 +37,11 @@ ONE_LINE: tuple[type[Exception], ...] = (
 )
 
 
+def shows_traceback() -> bool:
+    """Return whether the user has asked for tracebacks."""
+    return os.environ.get("MABN_D2_TRACEBACK", "0") != "0"
+
+
 @contextmanager
 def one_line_errors(*others: type[Exception]) -> Iterator[None]:
     """Exit with the program's name and the message; with MABN_D2_TRACEBACK=1, raise as usual.
@@ -47,7 +52,7 @@ def one_line_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (*ONE_LINE, *others) as error:
-        if os.environ.get("MABN_D2_TRACEBACK", "0") != "0":
+        if shows_traceback():
             raise
         if getattr(error, "said_elsewhere", False):  # by another process of this run
             sys.exit(1)

@@ -2,6 +2,21 @@
 
 import logging
 
+from .errors import ONE_LINE, shows_traceback
+
+
+class _WithoutTraceback(logging.Filter):
+    """Leaves the traceback out of what Detectron2 logs for an error that is the user's to correct."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ONE_LINE) and not shows_traceback():
+            record.msg, record.args, record.exc_info = f"{record.getMessage()} {error}", (), None
+        return True
+
+
+_without_traceback = _WithoutTraceback()  # one, which a logger takes once
+
 
 def share_log() -> None:
     """Log where Detectron2 logs: the terminal and the run's log.txt.
@@ -13,5 +28,6 @@ def share_log() -> None:
     for handler in theirs.handlers:
         if handler not in reached:
             ours.addHandler(handler)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO)

@@ -1,0 +1,27 @@
+"""What is logged when a training ends by an error."""
+
+import logging
+
+import pytest
+
+from mabn_d2.data.mapper import BadImageError
+from mabn_d2.engine.log import share_log
+
+LOGGER = logging.getLogger("detectron2.engine.train_loop")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("error", [BadImageError("1.jpg can't be used"), ZeroDivisionError("bug")])
+def test_traceback_of_a_training(error, wanted, caplog, monkeypatch):
+    """None for what the user can correct, unless MABN_D2_TRACEBACK asks for it; the message stays."""
+    monkeypatch.setenv("MABN_D2_TRACEBACK", str(int(wanted)))
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    share_log()
+    share_log()
+    try:
+        raise error
+    except Exception:
+        LOGGER.exception("Exception during training:")
+    assert str(error) in caplog.text and caplog.text.count("Exception during training:") == 1
+    assert ("Traceback" in caplog.text) == (wanted or isinstance(error, ZeroDivisionError))
