@@ -17,7 +17,7 @@ from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.description import classes_of, config_of
 from .checkpoint.stock_detector import load_whole
 from .data.mapper import BadImageError, NamingMapper
-from .modeling.norm import build_model
+from .modeling.norm import BUILD_ERRORS, build_model
 from .surgery.fold import fold_mabn
 
 
@@ -139,7 +139,7 @@ def load_predictor(
     cfg.freeze()
     try:
         model = build_model(cfg)
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+    except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"no model can be built from the config of {path}: {reason}"

@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 
 from ..config import add_mabn_config
 from ..modeling.backbone import BLOCKS_PER_STAGE, build_mabn_resnet_backbone
+from ..modeling.norm import BUILD_ERRORS
 from .io import CheckpointError
 
 _STEM = re.compile(r"(?:stem\.)?(conv|bn)1\.(\w+)")
@@ -102,6 +103,6 @@ def without_data(kind: str) -> Iterator[None]:
     try:
         with torch.device("meta"):
             yield
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"no {kind} has the shapes of this file: {reason}") from error

@@ -10,7 +10,7 @@ from detectron2.modeling.backbone.resnet import CNNBlockBase
 from torch import nn
 
 from ..config import add_mabn_config
-from ..modeling.norm import NORM, detectron2_build_model
+from ..modeling.norm import BUILD_ERRORS, NORM, detectron2_build_model
 from ..surgery.fold import fold_in_place
 from ..surgery.fuse_relu import unfuse_relu
 from .io import CheckpointError
@@ -59,7 +59,7 @@ def fold_detector(
     try:
         with torch.device("meta"):
             detectron2_build_model(on_meta).load_state_dict(model.state_dict(), strict=True)
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+    except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"stock Detectron2 has no config for this model: {reason}") from error
     return model, stock

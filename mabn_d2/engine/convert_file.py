@@ -19,7 +19,7 @@ from ..checkpoint.description import CLASSES, CONFIG, classes_of, config_of
 from ..checkpoint.io import check_output
 from ..checkpoint.record import KEY
 from ..checkpoint.stock_detector import changed, fold_detector, load_whole
-from ..modeling.norm import build_model
+from ..modeling.norm import BUILD_ERRORS, build_model
 from .config_reader import read_config
 
 
@@ -79,7 +79,7 @@ def fold(args: Namespace, checkpoint: dict) -> dict:
         model = build_model(cfg)
     except CheckpointError:
         raise
-    except (KeyError, ValueError, AssertionError) as error:
+    except BUILD_ERRORS as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"no model from {source}: {text}") from error
     model = load_whole(model, checkpoint)

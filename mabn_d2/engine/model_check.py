@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import CheckpointError, SafeCheckpointer
-from ..modeling.norm import build_model
+from ..modeling.norm import BUILD_ERRORS, build_model
 from .errors import ConfigError, one_line
 from .hooks.log_statistics import norms_to_watch
 
@@ -126,17 +126,7 @@ def build_errors(node: Mapping, prefix: str = "MODEL.") -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        ZeroDivisionError,
-    ) as error:
+    except BUILD_ERRORS as error:
         text = one_line(error, 300) or _where(error)
         value = error.args[0] if isinstance(error, KeyError) and error.args else None
         keys = [] if value is None else list(_keys_with(node, value, prefix))

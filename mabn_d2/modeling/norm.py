@@ -138,6 +138,20 @@ def _split_levels(parent: nn.Module, name: str, module: nn.Module | None) -> Non
                 module[i] = PerLevelNorm(layer, parent._num_features)
 
 
+# What the constructors of a model raise for a wrong config.
+BUILD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+
+
 def check_paired(model: nn.Module) -> None:
     """Raise ValueError naming the norms that have no centred convolution in front."""
     modules = dict(model.named_modules())

@@ -100,6 +100,8 @@ def test_configs_of_detectron2(tmp_path):
     ("", "holds no config keys but NoneType"),
     ("- 1", "holds no config keys but list"),
     ("_BASE_: a.yaml", "is its own _BASE_"),
+    ("_BASE_: ./a.yaml", "is its own _BASE_"),
+    ("_BASE_: ../../a.yaml", "does not exist"),
     ("_BASE_: no.yaml", "no.yaml, which does not exist"),
     ("MODEL: {RESNETS: {DEPHT: 50}}", r"MODEL.RESNETS.DEPHT is no config key \(did you mean MODEL.RESNETS.DEPTH"),
     ("MODEL: [", "while parsing"),
