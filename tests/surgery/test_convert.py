@@ -9,8 +9,9 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.events import EventStorage
 from torch import nn
-from torchvision.models import densenet121, resnet50
+from torchvision.models import densenet121, resnet18, resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from detectors import narrow_cfg
 from inputs import training_inputs
@@ -190,3 +191,17 @@ def test_errors_leave_the_model_alone(net, message):
     assert kinds(net) == before
     with pytest.raises(TypeError, match="no argument windows"):
         convert_mabn(net, windows=3)
+
+
+def test_feature_extractor_of_torchvision():
+    """torch.fx leaves the layers whole, and they go on training."""
+    model = convert_mabn(resnet18())
+    leaves = {"leaf_modules": [MABN2d, CenConv2d]}
+    extractor = create_feature_extractor(model, ["layer4"], tracer_kwargs=leaves)
+    x = torch.randn(2, 3, 64, 64)
+    extractor.train()(x)["layer4"].sum().backward()
+    assert model.bn1.iters == 1 and model.conv1.weight.grad is not None
+    folded = fold_mabn(model.eval(), "batch_norm")
+    wanted = extractor.eval()(x)["layer4"]
+    found = create_feature_extractor(folded, ["layer4"])(x)["layer4"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
