@@ -39,8 +39,8 @@ TRAIN_KEYS = {
 }  # fmt: skip
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 _NEEDED = (
-    "output_dir", "init_checkpoint", "max_iter", "amp", "ddp", "checkpointer", "eval_period",
-    "log_period", "device",
+    "output_dir", "init_checkpoint", "max_iter", "amp", "checkpointer", "eval_period", "log_period",
+    "device",
 )  # fmt: skip
 _AT_LEAST = {"max_iter": 1, "log_period": 1, "eval_period": 0}
 # What must be the same in a run that is resumed, and why.

@@ -90,7 +90,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     optimizer = instantiate(cfg.optimizer)
     bare = model
     if comm.get_world_size() > 1:
-        model = distribute(model, cfg.train.device, **cfg.train.ddp)
+        model = distribute(model, cfg.train.device, **cfg.train.get("ddp", {}))
     steps, seed = accumulation_steps(cfg), cfg.train.get("seed", -1)
     trainer = GuardedTrainer(
         model,
