@@ -1,4 +1,7 @@
-"""Pictures of a run: predictions beside the truth, curves of losses and AP."""
+"""Pictures of a run: predictions beside the truth, curves of losses and AP.
+
+Figures are drawn into files without pyplot: matplotlib's backend, which a notebook has chosen, stays.
+"""
 
 import json
 import math
@@ -21,9 +24,10 @@ from detectron2.evaluation import inference_context
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
-from .figures import new_figure, save_figure
+from .checkpoint.io import atomic_file
 
 # Families for letters that matplotlib's own font lacks; those that are installed are used.
 FONTS = (
@@ -33,6 +37,37 @@ FONTS = (
     "Arial Unicode MS",
 )  # fmt: skip
 PICTURE_SIZE = 320  # pixels of the longer side of an image that is drawn
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5), **settings: Any
+) -> tuple[Figure, Any]:
+    """Return a figure and its axes, as `matplotlib.pyplot.subplots`, without pyplot.
+
+    Args:
+        rows, columns: of the grid of axes.
+        size: width and height in inches.
+        settings: of `Figure.subplots`.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **settings)
+
+
+def picture_formats() -> list[str]:
+    """Return the suffixes that `save_figure` knows, without a dot."""
+    return sorted(Figure().canvas.get_supported_filetypes())
+
+
+def save_figure(figure: Figure, path: str | PathLike, dpi: int = 100) -> None:
+    """Write a figure whole, its format by suffix.
+
+    Raises:
+        CheckpointError: if the file can't be written.
+        ValueError: for a suffix that is none of `picture_formats`.
+    """
+    path = Path(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=dpi, format=path.suffix.lstrip("."))
 
 
 class AnyTextVisualizer(Visualizer):

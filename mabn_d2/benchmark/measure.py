@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..checkpoint.io import atomic_file
-from ..code_version import commit
+from ..engine.code_version import commit
 
 
 def _host_seconds(clock: Callable[[], float], run: Callable[[], object]) -> float:

@@ -30,7 +30,7 @@ def table(results: Sequence[dict]) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Draw time against size, and the ratios to the baseline, of all rows of a report."""
-    from ..figures import new_figure, save_figure
+    from ..visualization import new_figure, save_figure
 
     figure, (left, right) = new_figure(1, 2, size=(11, 4.2))
     rows, norms = report["results"], report["settings"]["norms"]

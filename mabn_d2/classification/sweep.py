@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.io import atomic_file
-from ..code_version import commit
+from ..engine.code_version import commit
 from .arguments import parse_args
 from .digit_crops import make_digit_crops
 from .sweep_report import draw, table

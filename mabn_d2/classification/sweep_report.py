@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.ticker import ScalarFormatter
 from tabulate import tabulate
 
-from ..figures import new_figure, save_figure
+from ..visualization import new_figure, save_figure
 from .models import norm_names
 
 # Top-1 error, %, ImageNet, ResNet-50 (the paper's table).

@@ -10,8 +10,7 @@ from matplotlib.image import imread
 from tabulate import tabulate
 
 from ..checkpoint.io import atomic_file
-from ..figures import new_figure, save_figure
-from ..visualization import read_metrics
+from ..visualization import new_figure, read_metrics, save_figure
 from .runs import METRICS
 
 NAMES = [f"{task} {ap}" for task, ap in METRICS]

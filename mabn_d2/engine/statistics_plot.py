@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..figures import new_figure, picture_formats, save_figure
-from ..visualization import read_metrics
+from ..visualization import new_figure, picture_formats, read_metrics, save_figure
 from .errors import ConfigError
 from .hooks.log_statistics import forward_order
 
