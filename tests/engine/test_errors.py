@@ -48,7 +48,7 @@ from paths import ROOT
         ),
         (
             ["MODEL.MABN.LOG_PERIOD", 5, "MODEL.MABN.LOG_LAYERS", ("stem",)],
-            "(did you mean backbone",
+            "did you mean backbone",
         ),
         (["MODEL.MABN", 3], "set one of them, such as MODEL.MABN.BATCH_SIZE"),
         (["MODEL", 3], "MODEL is 3, but it has keys of its own: set one of them, such as MODEL."),

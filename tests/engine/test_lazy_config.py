@@ -48,7 +48,7 @@ def arguments(config, *opts, resume=False, eval_only=False):
     (["train.mabn.momentum=7"], "train.mabn: .*momentum"),
     (["+train.mabn.warmup_iter=3"], "train.mabn: .*warmup_iter"),
     (["+train.statistics.perod=20"], "train.statistics: .*perod"),
-    (["+train.statistics.period=20", "+train.statistics.layers=[stem]"], "train.statistics: 'stem'"),
+    (["+train.statistics.period=20", "+train.statistics.layers=[stem]"], "train.statistics: .* named 'stem'; there are"),
     (["model.roi_heads.num_clases=3"], "no model can be built from the config.*num_clases"),
     (["model.backbone.bottom_up.stem.norm=MABM"], "MABM"),
 ])  # fmt: skip

@@ -81,8 +81,8 @@ def norms_to_watch(model: nn.Module, layers: Sequence[str] = ()) -> dict[str, nn
         if name not in norms:
             close = get_close_matches(name, norms, n=1, cutoff=0)[0]
             raise ValueError(
-                f"{name!r} is none of the {len(norms)} {', '.join(NORMS)} and BatchNorm layers of the "
-                f"model (did you mean {close}?)"
+                f"no {', '.join(NORMS)} or BatchNorm layer to watch is named {name!r}; there are "
+                f"{', '.join(norms)}: did you mean {close}?"
             )
     names = sorted(norms, key=forward_order)
     names = list(layers) or [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
