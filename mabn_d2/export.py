@@ -230,7 +230,7 @@ def export_checkpoint(
 def _check_output(output: Path, checkpoint: Path) -> None:
     if output.is_dir():
         raise ExportError(f"the output {output} is a folder: name a file")
-    if output.exists() and output.samefile(checkpoint):
+    if output.exists() and checkpoint.exists() and output.samefile(checkpoint):
         raise ExportError(f"the output {output} is the checkpoint: name another file")
     try:
         check_writable(output.parent)

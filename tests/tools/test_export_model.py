@@ -133,6 +133,10 @@ def test_output_and_threshold(checkpoint, tmp_path, monkeypatch):
         arguments = ("--format", "torchscript", "--output", output, "--threshold", threshold)
         line = exit_line(monkeypatch, "export_model.py", "--checkpoint", checkpoint, *arguments)
         assert message in line
+    # An output of an earlier call, and a checkpoint that is not there.
+    arguments = ("--format", "torchscript", "--output", tmp_path / "file")
+    line = exit_line(monkeypatch, "export_model.py", "--checkpoint", "no.pth", *arguments)
+    assert "can't read no.pth" in line
     assert checkpoint.read_bytes() == before and sorted(tmp_path.iterdir()) == [tmp_path / "file"]
 
 

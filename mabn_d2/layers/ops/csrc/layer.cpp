@@ -447,7 +447,7 @@ struct MABN : torch::autograd::Function<MABN> {
     const Tensor& dy = gradients[0];
     if (!dy.defined()) return results;
     if (context->saved_data["batch_size"].toInt() > 0) {
-      // Its groups have left the window's place for them; another backward would count them again.
+      // Its groups have entered the window; another backward would enter them again.
       TORCH_CHECK(!context->saved_data.count("done"), kSecondBackward);
       context->saved_data["done"] = true;
     }
