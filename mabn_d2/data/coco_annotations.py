@@ -15,10 +15,15 @@ from .coco_masks import (
     RLE,
     MaskScan,
     are_numbers,
+    cocos_form,
     mask_problem,
     scan_masks,
     usable_polygons,
 )
+
+LEAST_OVERLAP = 0.5  # intersection over union of a box and the bounds of its mask
+LEAST_AREA = 0.01  # share of its box that an object without a mask has
+REPEATED = 0.01  # share of annotations that may repeat others
 
 
 class AnnotationCheck:
@@ -41,6 +46,7 @@ class AnnotationCheck:
         suspects |= self._scan_boxes() | self._scan_others()
         scan = scan_masks(self.annotations, self.heights, self.widths)
         self.kinds = scan.kinds
+        self.corrected: list[int] = []
         self.trimmed: list[int] = []
         self.dropped: list[int] = []
         self.unmasked: list[int] = []
@@ -49,6 +55,8 @@ class AnnotationCheck:
         self._note_masks()
         if self.masks:
             self._compare_masks(scan)
+        self._note_rotated()
+        self._note_repeated()
         if self.evaluation:
             self._fill_in()
         self._count()
@@ -76,8 +84,10 @@ class AnnotationCheck:
         )  # fmt: skip
         bad.update(np.flatnonzero(known & ~good).tolist())
         good &= known
-        beyond = good & ((right > self.widths + 1) | (bottom > self.heights + 1))
-        corners = beyond & (width > x) & (height > y)
+        beyond = good & (
+            (x < -1) | (y < -1) | (right > self.widths + 1) | (bottom > self.heights + 1)
+        )
+        corners = beyond & (x >= 0) & (y >= 0) & (width > x) & (height > y)
         corners &= (width <= self.widths + 1) & (height <= self.heights + 1)
         tiny = good & (right <= 1) & (bottom <= 1) & (width > 0) & (height > 0)
         empty = good & (
@@ -93,11 +103,25 @@ class AnnotationCheck:
             self._note(
                 corners, "end outside of the image: are they corners? COCO has x, y, width, height"
             )
+        elif self.evaluation and beyond.any():  # predictions end at the border
+            self._note(beyond, "end more than a pixel outside of the image, and are clipped")
+            self._clip(np.flatnonzero(beyond))
         elif beyond.sum() > 0.1 * count:
             self._note(beyond, "end more than a pixel outside of the image, and are clipped")
         if empty.any():
             self._note(empty, "have no area inside the image, and are not trained on")
         return bad
+
+    def _clip(self, positions: np.ndarray) -> None:
+        """End boxes at the border of their image, as Detectron2 does in training."""
+        for position in positions.tolist():
+            x, y, right, bottom = (float(side[position]) for side in self.boxes)
+            x, y = max(x, 0.0), max(y, 0.0)
+            right = min(right, float(self.widths[position]))
+            bottom = min(bottom, float(self.heights[position]))
+            self.findings.edits.append(
+                Edit("annotations", position, "bbox", [x, y, right - x, bottom - y])
+            )
 
     def _note(self, which: np.ndarray, text: str) -> None:
         first = self.annotations[int(np.argmax(which))]
@@ -108,7 +132,7 @@ class AnnotationCheck:
 
     def _scan_others(self) -> set[int]:
         """Return the positions whose iscrowd, ignore or keypoints need a closer look."""
-        keys = set().union(*Counter(map(tuple, self.annotations)))
+        self.keys = keys = set().union(*Counter(map(tuple, self.annotations)))
         bad = set()
         for name, values in (("iscrowd", (0, 1)), ("ignore", (0,))):
             if name not in keys:
@@ -155,6 +179,10 @@ class AnnotationCheck:
         if not self.masks:
             self.unmasked.append(position)
             return None
+        corrected = cocos_form(masks)
+        if corrected is not masks and mask_problem(corrected, size) is None:
+            self.corrected.append(position)
+            return None
         usable = usable_polygons(masks)
         if usable is None or (usable and mask_problem(usable, size)):
             return problem
@@ -176,6 +204,10 @@ class AnnotationCheck:
             if positions:
                 first = self.annotations[positions[0]]["id"]
                 notes.append(f"{len(positions)} {text} (the first: annotation {first})")
+        for position in self.corrected:
+            masks = cocos_form(self.annotations[position]["segmentation"])
+            self.kinds[position] = RLE if isinstance(masks, dict) else POLYGONS
+            edits.append(Edit("annotations", position, "segmentation", masks))
         for position in self.trimmed:
             usable = usable_polygons(self.annotations[position]["segmentation"])
             edits.append(Edit("annotations", position, "segmentation", usable))
@@ -189,7 +221,7 @@ class AnnotationCheck:
         """Note masks that contradict their boxes."""
         problems = {p.position for p in self.findings.problems if p.key == "annotations"}
         used = self.kinds != NO_MASK
-        used[[*problems, *self.dropped, *self.trimmed]] = False
+        used[[*problems, *self.dropped, *self.trimmed, *self.corrected]] = False
         x1, y1, x2, y2 = scan.bounds.T
         left, top, right, bottom = self.boxes
         compared = used & (x1 <= x2) & ~(self.doubtful | scan.empty)
@@ -198,16 +230,72 @@ class AnnotationCheck:
         )
         elsewhere = (x1 > right + 1) | (x2 < left - 1) | (y1 > bottom + 1) | (y2 < top - 1)
         elsewhere &= compared & ~shares
+        # Of small ones a pixel more or less decides.
+        large = compared & ~(shares | elsewhere) & (np.minimum(right - left, bottom - top) >= 8)
+        other = np.zeros(len(large), bool)
+        other[large] = (
+            _overlap(self._within(left, top, right, bottom), self._within(x1, y1, x2, y2))[large]
+            < LEAST_OVERLAP
+        )
         for which, share, text in (
             (shares, 0.1, "lie within 0..1: are they shares of the image? COCO has pixels"),
             (used & scan.empty, 0, "have no area"),
             (elsewhere, 0.1, "lie outside of their box"),
+            (
+                other,
+                0.1,
+                "have other bounds than their box: COCO has x, y of the upper left corner, width, "
+                "height",
+            ),
         ):
             if which.sum() > share * used.sum():
                 first = self.annotations[int(np.argmax(which))]["id"]
                 self.findings.notes.append(
                     f"{which.sum()} of {used.sum()} masks {text} (the first: annotation {first})"
                 )
+
+    def _within(self, *sides: np.ndarray) -> np.ndarray:
+        """Return (4, N) x1, y1, x2, y2, clipped to the images."""
+        limits = (self.widths, self.heights) * 2
+        return np.stack([np.clip(s, 0, limit) for s, limit in zip(sides, limits, strict=True)])
+
+    def _note_rotated(self) -> None:
+        """CVAT gives the box that a rotated rectangle has before it is turned."""
+        if "attributes" not in self.keys:
+            return
+        rotated = [
+            annotation["id"]
+            for annotation, kind in zip(self.annotations, self.kinds, strict=True)
+            if kind == NO_MASK and _is_rotated(annotation)
+        ]
+        if rotated:
+            self.findings.notes.append(
+                f"{len(rotated)} of {len(self.annotations)} boxes are rotated (attributes.rotation; the "
+                f"first: annotation {rotated[0]}), and COCO's bbox is not: draw these objects as "
+                "polygons"
+            )
+
+    def _note_repeated(self) -> None:
+        """One object that is there twice can be found only once."""
+        classes: dict[Any, int] = {}
+        numbers = [
+            self.image_of.astype(np.float64),
+            [classes.setdefault(a["category_id"], len(classes)) for a in self.annotations],
+            *self.boxes,
+        ]
+        rows = np.stack(numbers, 1)
+        # One number for each row, as sorting rows takes much longer.
+        factors = np.random.default_rng(0).integers(1, 2**63, 6, dtype=np.uint64) | np.uint64(1)
+        keys = (rows.view(np.uint64) * factors).sum(1, dtype=np.uint64)
+        _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+        repeated = len(keys) - len(first)
+        if repeated > REPEATED * len(keys):
+            example = self.annotations[int(first[np.argmax(counts)])]["id"]
+            self.findings.notes.append(
+                f"{repeated} of {len(keys)} annotations repeat another of the same image, class and bbox "
+                f"(one is annotation {example}): a model finds each object once, so the AP will be too "
+                "low; remove them"
+            )
 
     def _fill_in(self) -> None:
         """What pycocotools needs for an evaluation beside what Detectron2 needs for training."""
@@ -230,8 +318,7 @@ class AnnotationCheck:
                 continue
             if annotation.get("iscrowd") is None:
                 fill(position, "iscrowd", 0)
-            area = annotation.get("area")
-            if not _is_number(area) or area < 0:  # of a polygon the other way round
+            if not self._is_area(position, annotation.get("area")):
                 size = int(self.heights[position]), int(self.widths[position])
                 fill(position, "area", _area(annotation, self.kinds[position], size))
             if annotation.get("keypoints") and annotation.get("num_keypoints") is None:
@@ -243,13 +330,23 @@ class AnnotationCheck:
                 f"filled in for the evaluation: {counts} annotations (area from the mask or the box)"
             )
 
+    def _is_area(self, position: int, area: Any) -> bool:
+        """Return whether `area` can be that of an object with this box."""
+        if not _is_number(area) or area < 0:  # of a polygon the other way round
+            return False
+        if not self.has_area[position]:
+            return True
+        _, _, width, height = self.annotations[position]["bbox"]
+        least = LEAST_AREA * width * height if self.kinds[position] == NO_MASK else 0
+        return bool(area > 0 and least <= area <= 2 * (width + 1) * (height + 1))
+
     def _count(self) -> None:
         """Fill the summary with what is left after the edits."""
         summary = self.findings.summary
         problems = self.findings.problems
         left_out = {p.position for p in problems if p.key == "annotations"}
         left_out |= set(self.dropped)
-        images = set()
+        images: Counter[int] = Counter()  # objects of each
         for position, annotation in enumerate(self.annotations):
             if position in left_out or not self.heights[position]:
                 continue  # with its image
@@ -260,7 +357,7 @@ class AnnotationCheck:
                 continue
             summary.objects += 1
             summary.objects_with_area += bool(self.has_area[position])
-            images.add(int(self.image_of[position]))
+            images[int(self.image_of[position])] += 1
             if kind == POLYGONS:
                 summary.objects_with_mask += 1
             elif kind == RLE:
@@ -277,7 +374,24 @@ class AnnotationCheck:
             elif not summary.no_keypoints:
                 summary.no_keypoints = f"annotation {annotation['id']}"
         bad_images = {p.position for p in problems if p.key == "images"}
-        summary.images_with_objects = len(images - bad_images)
+        for position in bad_images:
+            del images[position]
+        summary.images_with_objects = len(images)
+        summary.objects_per_image = Counter(images.values())
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of boxes (4, N) x1, y1, x2, y2; 0 where both are empty."""
+    low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
+    shared = np.prod(np.clip(high - low, 0, None), 0)
+    union = np.prod(one[2:] - one[:2], 0) + np.prod(other[2:] - other[:2], 0) - shared
+    return shared / np.where(union > 0, union, 1)
+
+
+def _is_rotated(annotation: dict) -> bool:
+    attributes = annotation.get("attributes")
+    angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else 0
+    return _is_number(angle) and angle % 360 != 0
 
 
 def _is_number(value: Any) -> bool:
@@ -288,7 +402,7 @@ def _area(annotation: dict, kind: int, size: tuple[int, int]) -> float:
     """Return the area in pixels of an annotation's mask, or else of its box."""
     import pycocotools.mask as mask_util
 
-    masks: Any = annotation.get("segmentation")
+    masks: Any = cocos_form(annotation.get("segmentation"))
     if kind == NO_MASK:
         return annotation["bbox"][2] * annotation["bbox"][3]
     if kind == POLYGONS:
@@ -303,7 +417,9 @@ def _box_problem(box: Any, size: list[int]) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         return f"bbox {box!r:.80}, not four numbers within 1e9"
     x, y, w, h = box
-    if w < 0 or h < 0 or x > width or y > height or x + w < 0 or y + h < 0:
+    if w < 0 or h < 0:
+        return f"bbox {box} with a negative width or height"
+    if x > width or y > height or x + w < 0 or y + h < 0:
         return f"bbox {box} outside of the image, {width} wide and {height} high"
     return None
 

@@ -79,7 +79,7 @@ def inspect(
     findings.summary.files = {
         os.path.normpath(os.path.join(image_root, str(i["file_name"]))) for i in content["images"]
     }
-    sizes = inspect_images(content["images"], json_file, image_root, findings)
+    sizes = inspect_images(content["images"], json_file, image_root, findings, evaluation)
     AnnotationCheck(content, sizes, findings, masks, evaluation).inspect()
     _note_classes(content, findings)
     return findings

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from .coco_findings import Edit, Findings, Problem
-from .errors import BadAnnotationError
+from .errors import BadAnnotationError, one_line
+from .mapper import check_depth
 
 MAX_PIXELS = 2**31  # pycocotools counts in 32 bits
 OPENED = 1_000  # image files whose size is compared with the JSON
@@ -21,8 +22,16 @@ class Sizes(NamedTuple):
 
 
 def inspect_images(
-    images: list[dict], json_file: str, image_root: str, findings: Findings
+    images: list[dict], json_file: str, image_root: str, findings: Findings, evaluation: bool
 ) -> Sizes:
+    """Look at all image entries and at a sample of the files, and add to `findings`.
+
+    Args:
+        evaluation: whether the file is used for evaluation, which has no use for an image that can't
+            be read: it ends there.
+    Raises:
+        BadAnnotationError: if the sizes of most images are wrong.
+    """
     heights, widths = np.zeros(len(images), np.int64), np.zeros(len(images), np.int64)
     exists = _Files(image_root)
     for position, image in enumerate(images):
@@ -39,7 +48,7 @@ def inspect_images(
             continue
         findings.problems.append(Problem("images", image["id"], text, position))
     sizes = Sizes(heights, widths)
-    _compare_with_files(images, json_file, image_root, sizes, findings)
+    _compare_with_files(images, json_file, image_root, sizes, findings, evaluation)
     return sizes
 
 
@@ -74,7 +83,12 @@ def _is_file(path: str) -> bool:
 
 
 def _compare_with_files(
-    images: list[dict], json_file: str, image_root: str, sizes: Sizes, findings: Findings
+    images: list[dict],
+    json_file: str,
+    image_root: str,
+    sizes: Sizes,
+    findings: Findings,
+    evaluation: bool,
 ) -> None:
     """Width and height are those of the image files; a sample, of up to OPENED."""
     usable = np.flatnonzero(sizes.heights)
@@ -84,11 +98,17 @@ def _compare_with_files(
     for position in sample.tolist():
         image = images[position]
         path = os.path.join(image_root, image["file_name"])
-        found, stored = _read_size(path)
         given = int(sizes.widths[position]), int(sizes.heights[position])
-        if found is None:
-            unreadable.append(path)
-        if found in (None, given):
+        try:
+            found, stored = _read_size(path)
+        except Exception as error:  # readers raise anything for a damaged file
+            if evaluation:
+                text = f"image {image['id']}: {path} can't be read ({one_line(error)})"
+                findings.problems.append(Problem("images", image["id"], text, position))
+            else:  # it is named again when it is read
+                unreadable.append(path)
+            continue
+        if found == given:
             continue
         swapped += found == given[::-1]
         swapped_by_tag += found != stored == given
@@ -97,6 +117,8 @@ def _compare_with_files(
             f"image {image['id']} has width {given[0]} and height {given[1]}, but {path} is "
             f"{found[0]} wide and {found[1]} high{turned}"
         )
+        if found != stored == given:
+            text += "; it was labelled as it is stored: remove the tag"
         wrong.append(Problem("images", image["id"], text, position))
     if swapped_by_tag > len(sample) / 2:
         raise BadAnnotationError(
@@ -117,12 +139,14 @@ def _compare_with_files(
         )
 
 
-def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
-    """Return (width, height) as Detectron2 sees an image, and as it is stored; None if unreadable."""
-    try:
-        with Image.open(path) as image:
-            stored = image.size
-            turned = image.getexif().get(274) in (5, 6, 7, 8)  # tag Orientation
-    except Exception:  # a damaged image is named when it is read
-        return None, None
+def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (width, height) as Detectron2 sees an image, and as it is stored.
+
+    Raises:
+        Exception: of any kind, if it can't be read; ValueError for one that `check_depth` refuses.
+    """
+    with Image.open(path) as image:
+        check_depth(image)
+        stored = image.size
+        turned = image.getexif().get(274) in (5, 6, 7, 8)  # tag Orientation
     return (stored[::-1] if turned else stored), stored

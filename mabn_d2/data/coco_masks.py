@@ -151,6 +151,31 @@ def mask_problem(masks: Any, size: list[int]) -> str | None:
     return None
 
 
+def cocos_form(masks: Any) -> Any:
+    """Return a segmentation in the form that COCO defines, or `masks` itself.
+
+    Corrects one polygon that is not in a list of its own (VIA), points that are pairs, and an RLE in a
+    list.
+    """
+    if not isinstance(masks, list) or not masks:
+        return masks
+    if type(masks[0]) in (int, float):
+        return [masks]
+    if len(masks) == 1 and isinstance(masks[0], dict):
+        return masks[0]
+    if all(_is_list_of_pairs(polygon) for polygon in masks):
+        return [[value for point in polygon for value in point] for polygon in masks]
+    return masks
+
+
+def _is_list_of_pairs(polygon: Any) -> bool:
+    return (
+        isinstance(polygon, list)
+        and len(polygon) > 0
+        and all(isinstance(point, list) and len(point) == 2 for point in polygon)
+    )
+
+
 def usable_polygons(masks: Any) -> list | None:
     """Return the polygons of three points or more, as Detectron2 keeps them; None for an RLE."""
     if not isinstance(masks, list) or not all(isinstance(part, list) for part in masks):

@@ -30,6 +30,7 @@ class _Comparison:
         self.check_objects()
         self.check_sets()
         self.check_images()
+        self.check_detections()
         self.check_number_of_classes()
         self.check_stuff_classes()
         self.check_masks()
@@ -113,6 +114,20 @@ class _Comparison:
                     f"{len(shared)} of {len(tested.files)} images of {self.wanted.test.key} {test!r} "
                     f"are also in {self.wanted.train.key} {train!r}, such as {min(shared)}: the AP will "
                     "be too high; take them out of one"
+                )
+
+    def check_detections(self) -> None:
+        """As many objects are found in an image as it has."""
+        setting = self.wanted.detections
+        if setting is None:
+            return
+        for name, summary in self.test.items():
+            crowded = {n: k for n, k in summary.objects_per_image.items() if n > setting.value}
+            if crowded:
+                self.notes.append(
+                    f"{setting}, but {sum(crowded.values())} of {summary.images} images of "
+                    f"{self.wanted.test.key} {name!r} have more objects, up to {max(crowded)}: the rest "
+                    f"is not found; set {setting.key} {max(crowded)} or more"
                 )
 
     def check_number_of_classes(self) -> None:

@@ -20,6 +20,7 @@ class DatasetSummary:
         no_mask, no_keypoints, rle: text that names the first such object, for messages.
         keypoint_counts: how many objects have how many keypoints.
         class_ids: how many annotations have which class, for datasets without names.
+        objects_per_image: how many images have how many objects, where there are any.
         files: paths of the images.
     """
 
@@ -40,6 +41,7 @@ class DatasetSummary:
     rle: str = ""
     keypoint_counts: Counter = field(default_factory=Counter)
     class_ids: Counter = field(default_factory=Counter)
+    objects_per_image: Counter[int] = field(default_factory=Counter)
     files: set[str] = field(default_factory=set)
 
 
@@ -52,7 +54,9 @@ def summarize_records(
     summary.files = {os.path.normpath(r["file_name"]) for r in records if "file_name" in r}
     for record in records:
         annotations = record.get("annotations", ())
-        summary.images_with_objects += any(not a.get("iscrowd", 0) for a in annotations)
+        objects = sum(not a.get("iscrowd", 0) for a in annotations)
+        summary.images_with_objects += objects > 0
+        summary.objects_per_image[objects] += objects > 0
         for position, annotation in enumerate(annotations):
             name = f"annotation {position} of {record.get('file_name', record.get('image_id'))}"
             masks = annotation.get("segmentation")

@@ -14,6 +14,12 @@ class DataError(ValueError):
     said_elsewhere = False
 
 
+def one_line(message: object, limit: int = 1000) -> str:
+    """Return the text of a message or an exception on one line."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 @contextmanager
 def copies_that_fit(folder: str) -> Iterator[None]:
     """Turn an error of the file system, while copies are written to a folder, into a DataError."""

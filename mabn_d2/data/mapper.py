@@ -9,6 +9,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from .errors import one_line
 from .seeding import seeded
 
 MAX_BAD = 1000  # images in a row: then it is not the images
@@ -26,8 +27,7 @@ class NamingMapper:
     """Maps records by `mapper`; whatever it raises becomes a BadImageError with the image's path.
 
     Readers raise anything for a damaged file: OSError, SyntaxError, zlib's error, PIL's
-    DecompressionBombError. An image of more than 8 bits a channel in one channel is refused too:
-    Detectron2 would cut it off at 255, and see white.
+    DecompressionBombError. An image that `check_depth` refuses is one too.
     """
 
     def __init__(
@@ -39,30 +39,28 @@ class NamingMapper:
         path = record.get("file_name")
         try:
             if path is not None:
-                self._check_depth(path)
+                with PathManager.open(path, "rb") as file, Image.open(file) as image:
+                    check_depth(image)
             return self.mapper(record)
         except SizeMismatchError as error:
             raise BadImageError(
                 f"{path} can't be used, because its annotations give another size: "
-                f"{_one_line(error)}: correct width and height in the annotations, {self.remedy}"
+                f"{one_line(error)}: correct width and height in the annotations, {self.remedy}"
             ) from error
         except Exception as error:
             raise BadImageError(
-                f"{path} can't be used ({type(error).__name__}: {_one_line(error)}): {self.remedy}"
+                f"{path} can't be used ({type(error).__name__}: {one_line(error)}): {self.remedy}"
             ) from error
 
-    @staticmethod
-    def _check_depth(path: str) -> None:
-        with (
-            PathManager.open(path, "rb") as file,
-            Image.open(file) as image,
-        ):  # reads the header only
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
 
+def check_depth(image: Image.Image) -> None:
+    """Refuse an image of more than 8 bits a channel in one channel; needs its header only.
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    Raises:
+        ValueError: because Detectron2 would cut it off at 255, and see white.
+    """
+    if image.mode[0] in "IF":
+        raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
 
 
 class SeededDataset(torch.utils.data.Dataset):

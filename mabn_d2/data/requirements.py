@@ -40,6 +40,7 @@ class DataRequirements:
         reads_masks: whether the loader reads masks, also without a mask head.
         mask_format: "polygon" or "bitmask".
         keypoints, num_keypoints, num_sigmas: of keypoints and their evaluation.
+        detections: the most objects that are found in an image.
         filter_empty: whether images without objects are left out.
         skip: whether bad entries are left out of the training sets.
         proposals: pairs of files of proposals and the datasets that they belong to.
@@ -57,6 +58,7 @@ class DataRequirements:
     keypoints: Setting
     num_keypoints: Setting | None
     num_sigmas: Setting | None
+    detections: Setting | None
     filter_empty: Setting
     skip: bool
     proposals: tuple[tuple[Setting, Setting], ...]
@@ -104,6 +106,7 @@ class DataRequirements:
                 "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             ),
             num_sigmas=Setting("TEST.KEYPOINT_OKS_SIGMAS", len(sigmas) or COCO_KEYPOINTS),
+            detections=Setting("TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE),
             filter_empty=Setting(
                 "DATALOADER.FILTER_EMPTY_ANNOTATIONS", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
             ),
@@ -145,6 +148,8 @@ class DataRequirements:
             keypoints=Setting("model.roi_heads.keypoint_head", keypoint_head is not None),
             num_keypoints=_found(cfg, "model.roi_heads.keypoint_head.num_keypoints"),
             num_sigmas=None,
+            detections=_found(cfg, "model.roi_heads.box_predictor.test_topk_per_image")
+            or _found(cfg, "model.max_detections_per_image"),
             skip=_find(cfg, "train.bad_input") == "skip",
             proposals=(),
             filter_empty=Setting(

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.utils import comm
 
 from ..checkpoint import CheckpointError
-from ..data.errors import DataError
+from ..data.errors import DataError, one_line
 from ..data.mapper import BadImageError
 from ..export import ExportError
 
@@ -78,12 +78,6 @@ def on_one_rank(function: Callable[[], Any]) -> None:
     if error is not None and comm.get_rank() == failed.index(True):
         raise error
     sys.exit(1)
-
-
-def one_line(message: object, limit: int = 1000) -> str:
-    """Return the text of a message or an exception on one line."""
-    text = " ".join(str(message).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def did_you_mean(word: object, known: Any) -> str:

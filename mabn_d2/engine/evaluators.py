@@ -25,8 +25,14 @@ from .errors import ConfigError
 
 def _coco(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
     # The converted copy of a dataset that is no COCO file may be of another run, so it is not reused.
-    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas, allow_cached_coco=False)
+    # COCO counts the best 100 of an image; a config that asks for more has images with more objects.
+    return COCOEvaluator(
+        name,
+        output_dir=folder,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
+        allow_cached_coco=False,
+    )
 
 
 class _CityscapesInstanceEvaluator(CityscapesInstanceEvaluator):

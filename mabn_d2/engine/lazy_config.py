@@ -15,12 +15,13 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
+from ..data.errors import one_line
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..modeling.norm_table import NORMS
 from ..safe_yaml import load_as_data
 from .config_reader import check_config_file, check_no_flags
-from .errors import ConfigError, did_you_mean, one_line
+from .errors import ConfigError, did_you_mean
 from .evaluators import missing_package
 from .hooks.best_checkpoint import TASKS, task_of
 from .hooks.log_statistics import LogStatistics

@@ -11,8 +11,9 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import CheckpointError, SafeCheckpointer
+from ..data.errors import one_line
 from ..modeling.norm import BUILD_ERRORS, build_model
-from .errors import ConfigError, one_line
+from .errors import ConfigError
 from .hooks.log_statistics import norms_to_watch
 
 _checked: set[tuple[str, bool, bool]] = (

@@ -160,7 +160,7 @@ def use_folder_for(
     """`use_folder` for a run: the classes are those of the checkpoint that it goes on from.
 
     An evaluation is of the images that were held out, if the checkpoint was trained on this folder
-    or DATASETS.TEST names them; otherwise of the folder's own part to validate on, or of all images.
+    or DATASETS.TEST names them; DATASETS.VAL_SHARE is that of the checkpoint's training; otherwise of the folder's own part to validate on, or of all images.
     Masks are evaluated if the checkpoint's model and the folder have them.
 
     Args:
@@ -175,18 +175,28 @@ def use_folder_for(
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     classes = classes_of(checkpoint)
     hold_out = train
+    path = os.path.realpath(os.path.expanduser(cfg.DATASETS.FOLDER))
+    trained_with = config_of(checkpoint)
+    folder = trained_with.DATASETS.FOLDER if trained_with else ""
+    trained_here = bool(folder and os.path.realpath(folder) == path)
+    if trained_with and trained_here:
+        _keep_share(cfg, trained_with.DATASETS.VAL_SHARE, given, file)
     if not train:
-        path = os.path.realpath(os.path.expanduser(cfg.DATASETS.FOLDER))
-        trained_with = config_of(checkpoint)
-        folder = trained_with.DATASETS.FOLDER if trained_with else ""
-        hold_out = (
-            bool(folder and os.path.realpath(folder) == path)
-            or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
-        )
+        hold_out = trained_here or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
         if trained_with and not trained_with.MODEL.MASK_ON and "MODEL.MASK_ON" not in given:
             cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
     class_names = None if classes is None else [c["name"] for c in classes]
     return use_folder(cfg, given, class_names, hold_out, alone)
+
+
+def _keep_share(cfg: CfgNode, share: float, given: Collection[str], file: str) -> None:
+    """Hold out the images that the training of a checkpoint has held out."""
+    if "DATASETS.VAL_SHARE" in given and share != cfg.DATASETS.VAL_SHARE:
+        raise ConfigError(
+            f"DATASETS.VAL_SHARE is {cfg.DATASETS.VAL_SHARE}, but {file} was trained with {share}, so "
+            "other images were held out: leave the key out"
+        )
+    cfg.DATASETS.VAL_SHARE = share
 
 
 def log_folder(cfg: CfgNode) -> None:

@@ -19,9 +19,10 @@ from torch import nn
 from ..checkpoint import CheckpointError
 from ..checkpoint.io import check_writable
 from ..checkpoint.record import SAME_WITH_MABN
+from ..data.errors import one_line
 from ..modeling.norm import NORM
 from ..modeling.norm_table import NORMS
-from .errors import ConfigError, one_line
+from .errors import ConfigError
 
 # MODEL must stay the same for a checkpoint to fit, but for these keys and the settings of norms.
 MODEL_MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE")

@@ -15,6 +15,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.data.transforms import HFlipTransform, TransformList
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mabn_d2.data import BadAnnotationError
 from mabn_d2.data.coco_check import Edit, apply_edits, check_coco, inspect
@@ -316,7 +317,9 @@ ENCODED = mask_util.encode(np.asfortranarray(np.zeros((20, 30), np.uint8)))
         ({"size": [20, 30], "counts": ENCODED["counts"].decode()}, "have no area"),
         ([[20, 13, 28, 13, 28, 19]], "lie outside of their box"),
         ([[2, 3, 7, 3, 11, 3], [2, 3, 9, 3, 9, 9]], None),
-        ([[2, 2, 9, 9, 9, 2, 2, 9]], None),  # crosses itself
+        ([[1, 2, 11, 12, 11, 2, 1, 12]], None),  # crosses itself
+        ([[1, 2, 6, 2, 6, 7]], "have other bounds than their box"),
+        ([[6, 7, 11, 7, 11, 12]], "have other bounds than their box"),  # of a box from its centre
     ],
 )
 def test_masks_that_contradict_their_boxes(tmp_path, caplog, masks, note):
@@ -331,7 +334,63 @@ def test_masks_that_contradict_their_boxes(tmp_path, caplog, masks, note):
     assert not [r for r in caplog.records if " masks " in r.message]
 
 
-@pytest.mark.parametrize("area", [-100, None, float("nan")])
+def test_lists_of_another_form(tmp_path, caplog):
+    """VIA has one polygon without a list around it, others have pairs, or an RLE in a list."""
+    for masks in ([1, 2, 11, 2, 11, 12], [[[1, 2], [11, 2], [11, 12]]], [EMPTY_RLE]):
+        content = edit(("annotations", 0, "segmentation"), masks)
+        findings = inspect(content, "x.json", str(tmp_path_of(tmp_path)), evaluation=True)
+        (value,) = (e.value for e in findings.edits if e.field == "segmentation")
+        assert value in ([[1, 2, 11, 2, 11, 12]], EMPTY_RLE) and not findings.problems
+        assert not [note for note in findings.notes if "masks" in note and "no area" not in note]
+        assert findings.summary.objects_with_rle == (value == EMPTY_RLE)
+
+
+def tmp_path_of(folder):
+    """Return a folder with the image of GOOD."""
+    Image.new("RGB", (30, 20)).save(folder / "1.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, evaluation, note",
+    [
+        ({"bbox": [-4, 2, 10, 10]}, False, "1 of 1 boxes end more than a pixel outside"),
+        ({"bbox": [-4, -3, 40, 40]}, True, "1 of 1 boxes end more than a pixel outside"),
+        ({"attributes": {"rotation": 45.0}, "segmentation": []}, False, "1 of 1 boxes are rotated"),
+        ({"attributes": {"rotation": 0.0}, "segmentation": []}, False, None),
+        ({"attributes": {"rotation": 45.0}}, False, None),  # the polygon is right
+    ],
+)
+def test_doubtful_boxes(tmp_path, change, evaluation, note):
+    content = copy.deepcopy(GOOD)
+    content["annotations"][0].update(change)
+    findings = inspect(
+        content, "x.json", str(tmp_path_of(tmp_path)), masks=False, evaluation=evaluation
+    )
+    assert not findings.problems
+    assert [n for n in findings.notes if "boxes" in n and note and note in n] or note is None
+    assert note or not findings.notes
+    boxes = [e.value for e in findings.edits if e.field == "bbox"]
+    assert boxes == ([[0, 0, 30, 20]] if evaluation else [])  # AP needs what a model can predict
+
+
+def test_objects_that_are_there_twice(tmp_path):
+    content = copy.deepcopy(GOOD)
+    (annotation,) = content["annotations"]
+    content["annotations"] += [
+        {**annotation, "id": 8},
+        {**annotation, "id": 9, "bbox": [1, 2, 9, 9]},
+    ]
+    notes = inspect(content, "x.json", str(tmp_path_of(tmp_path))).notes
+    assert any("1 of 3 annotations repeat another" in n and "annotation 7" in n for n in notes)
+
+
+def test_negative_width_is_called_so(tmp_path):
+    with pytest.raises(BadAnnotationError, match="with a negative width or height"):
+        check(tmp_path, edit(("annotations", 0, "bbox"), [11, 2, -10, 10]))
+
+
+@pytest.mark.parametrize("area", [-100, None, float("nan"), 0, 30_000])
 def test_area_that_is_none(tmp_path, area):
     """Of a polygon the other way round: negative. The evaluation would leave the object out."""
     (tmp_path / "1.jpg").touch()
@@ -339,6 +398,15 @@ def test_area_that_is_none(tmp_path, area):
         edit(("annotations", 0, "area"), area), "x.json", str(tmp_path), evaluation=True
     )
     assert [e.value for e in findings.edits if e.field == "area"] == [pytest.approx(50, abs=15)]
+
+
+@pytest.mark.parametrize("mode", [None, "I;16", "F"])
+def test_images_that_an_evaluation_cannot_read(tmp_path, mode):
+    """It would end there, after the training up to it."""
+    if mode:
+        Image.new(mode, (30, 20)).save(tmp_path / "1.jpg", format="TIFF")
+    with pytest.raises(BadAnnotationError, match=r"image 1: .*1.jpg can't be read \("):
+        check(tmp_path, GOOD, evaluation=True)
 
 
 def test_images_that_cannot_be_read(tmp_path, caplog):

@@ -645,6 +645,18 @@ def test_images_that_are_in_both_sets(cfg, data, tmp_path, caplog):
     assert re.search(r"1 of 3 images of DATASETS.TEST .* are also in DATASETS.TRAIN", text)
 
 
+def test_more_objects_than_are_found(cfg, data, tmp_path, caplog):
+    cfg.TEST.DETECTIONS_PER_IMAGE = 2
+    (image, *_), (annotation, *_) = data["val"]["images"], data["val"]["annotations"]
+    data["val"]["annotations"] += [
+        {**annotation, "image_id": image["id"], "id": 900 + i, "bbox": [i, 2, 20, 20]}
+        for i in range(5)
+    ]
+    check(cfg, tmp_path, data)
+    (text,) = {r.message for r in caplog.records if "DETECTIONS_PER_IMAGE" in r.message}
+    assert re.search(r"is 2, but 1 of 3 images of DATASETS.TEST .* up to (\d+).* \1 or more", text)
+
+
 def test_boxes_without_area_everywhere(cfg, data, tmp_path):
     for annotation in data["train"]["annotations"]:
         annotation["bbox"][2] = 0
@@ -662,4 +674,9 @@ def test_labels_that_ignore_the_exif_tag(cfg, data, tmp_path):
             Image.open(path).resize((120, SIZE)).save(path, exif=exif)
             image.update(width=120, height=SIZE)
     with pytest.raises(DataError, match="labelled as they are stored.*remove the tag"):
+        check(cfg, tmp_path, data)
+    # One of several.
+    for image in data["train"]["images"][1:]:
+        Image.new("RGB", (120, SIZE)).save(tmp_path / "train" / image["file_name"])
+    with pytest.raises(DataError, match="it was labelled as it is stored: remove the tag"):
         check(cfg, tmp_path, data)

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shutil
 import tempfile
 
 import pytest
+from PIL import Image
 
 from exports import edit, write_export
 from mabn_d2.data.errors import BadAnnotationError, DataError
@@ -137,3 +139,113 @@ def test_no_room_for_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     with pytest.raises(DataError, match="No space left on device.: free space .* set TMPDIR"):
         prepare_folder(folder)
+
+
+def held_out(folder, share=0.2):
+    """Return the names of the images that are held out, without their folders."""
+    images = read_folder(folder, share).parts["val"].coco["images"]
+    return {os.path.basename(image["file_name"]) for image in images}
+
+
+def test_images_stay_in_their_part_when_others_need_a_search(tmp_path):
+    """One name that is not where the file says makes all names be searched."""
+    folder = write_export(tmp_path / "e", "cvat", sizes=(30, 0))
+    before = held_out(folder)
+    json_file = folder / "annotations/instances_default.json"
+    (folder / "images/day 2").mkdir()
+    shutil.copy(folder / "images/site 0/photo 0.png", folder / "images/day 2/new.png")
+
+    def add(content):
+        content["images"].append({**content["images"][0], "id": 99, "file_name": "new.png"})
+
+    edit(json_file, add)
+    assert held_out(folder) - {"new.png"} == before
+
+
+def test_repeated_ids_are_seen_before_the_split(tmp_path):
+    """Each part alone would have unique ids, and the objects of both images."""
+    folder = write_export(tmp_path / "e", "json")
+    edit(folder / "labels.json", lambda c: c["images"][1].update(id=c["images"][0]["id"]))
+    with pytest.raises(BadAnnotationError, match="images with the same id 1: ids must be unique"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("masks", ["labels", "masks", "images/gt"])
+def test_masks_that_are_pictures_are_not_the_images(tmp_path, masks):
+    folder = write_export(tmp_path / "e", "json", sizes=(4, 0))
+    for image in folder.glob("*.jpg"):
+        for name in ("images", masks):
+            (folder / name).mkdir(exist_ok=True, parents=True)
+            Image.new("RGB", (96, 96)).save(folder / name / image.name)
+        image.rename(folder / "images" / image.name)
+    if masks != "images/gt":
+        (folder / "labels.json").rename(folder / f"{masks}.json")
+    for part in read_folder(folder).parts.values():
+        for image in part.coco["images"]:
+            path = os.path.join(part.image_root, image["file_name"])
+            assert os.path.dirname(path) == str(folder / "images")
+
+
+@pytest.mark.parametrize("folders", [("raw", "processed"), ("images", "photos/images")])
+def test_images_that_are_there_twice(tmp_path, folders):
+    """With the same content either is right; otherwise the user decides."""
+    folder = write_export(tmp_path / "e", "json", sizes=(4, 0))
+    for image in folder.glob("*.jpg"):
+        for name in folders:
+            (folder / name).mkdir(exist_ok=True, parents=True)
+            shutil.copy(image, folder / name)
+        image.unlink()
+    if "images" in folders:
+        read_folder(folder)
+    for image in (folder / folders[1]).glob("*.jpg"):
+        Image.new("RGB", (96, 96)).save(image)
+    if "images" not in folders:
+        with pytest.raises(BadAnnotationError, match="2 files have this name .*move those away"):
+            read_folder(folder)
+
+
+def test_two_folders_with_all_images(tmp_path):
+    folder = write_export(tmp_path / "e", "cvat", sizes=(4, 0))
+    shutil.copytree(folder / "images", folder / "default")
+    read_folder(folder)  # copies
+    for image in (folder / "default").rglob("*.png"):
+        Image.new("RGB", (96, 96)).save(image)
+    with pytest.raises(BadAnnotationError, match="both in .*default and in .*images, with other"):
+        read_folder(folder)
+
+
+def test_image_of_another_folder_is_noted(tmp_path):
+    folder = write_export(tmp_path / "e", "cvat", sizes=(4, 0))
+    (folder / "images/site 1").rename(folder / "images/site 2")
+    (note,) = (n for n in read_folder(folder).notes if "found by their name" in n)
+    assert note.startswith("2 images of") and "'site 1/photo 1.png' is" in note
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_image_without_a_name(tmp_path, name):
+    folder = write_export(tmp_path / "e", "json")
+    edit(folder / "labels.json", lambda c: c["images"][3].update(file_name=name))
+    with pytest.raises(BadAnnotationError, match=f"image 4 has the file_name {name}: give it"):
+        read_folder(folder)
+
+
+def test_folder_that_is_named_like_a_part(tmp_path):
+    folder = write_export(tmp_path / "e", "json")
+    (folder / "labels.json").rename(folder / "_annotations.coco.json")
+    assert read_folder(folder.rename(tmp_path / "crash-test")).parts.keys() == {"train", "val"}
+
+
+def test_references_as_text_and_polygons_without_a_list(tmp_path):
+    """VIA: "image_id": "1" for the image 1, "segmentation": [x, y, ...]."""
+    folder = write_export(tmp_path / "e", "json")
+    before = prepare_folder(folder)
+
+    def as_via(content):
+        for annotation in content["annotations"]:
+            annotation["image_id"] = str(annotation["image_id"])
+            if len(annotation["segmentation"]) == 1:
+                (annotation["segmentation"],) = annotation["segmentation"]
+
+    edit(folder / "labels.json", as_via)
+    after = prepare_folder(folder)
+    assert after.summaries == before.summaries and mask_kind(after.summaries) == "polygon"

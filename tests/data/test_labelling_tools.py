@@ -39,24 +39,54 @@ def test_export_is_accepted(tool, digits_cfg, tmp_path, caplog):
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 def test_perfect_predictions_have_an_ap_of_100(tool, digits_cfg, tmp_path):
     """Also where ids are text or begin with 0, which pycocotools takes for "not found"."""
-    data = prepare(tool, digits_cfg, tmp_path)
-    with registered(tmp_path, data) as names:
-        digits_cfg.DATASETS.TEST = (names["val"],)
-        check_data(digits_cfg, train=False)
-        evaluator = Trainer.build_evaluator(digits_cfg, names["val"])
-        evaluator.reset()
-        for record in DatasetCatalog.get(names["val"]):
-            evaluator.process([record], [{"instances": perfect_predictions(record)}])
-        results = evaluator.evaluate()
+    results = evaluate_perfect(digits_cfg, tmp_path, prepare(tool, digits_cfg, tmp_path))
     assert results["bbox"]["AP"] == pytest.approx(100)
     if digits_cfg.MODEL.MASK_ON:
         assert results["segm"]["AP"] > 95  # polygons of floats are not quite their bitmaps
+
+
+def change_to_many(annotations):
+    """150 objects in the first image; COCO's own evaluation counts 100."""
+    annotations[0].update(bbox=[0, 0, 5, 5])
+    for i in range(1, 150):
+        box = [i % 15 * 6, i // 15 * 6, 5, 5]
+        annotations.append({**annotations[0], "id": 900 + i, "bbox": box})
+
+
+def change_to_outside(annotations):
+    for annotation in annotations[:3]:
+        annotation.update(bbox=[-20, 4, 40, 15])
+
+
+@pytest.mark.parametrize(
+    "change, detections", [(change_to_many, 150), (change_to_many, 100), (change_to_outside, 100)]
+)
+def test_perfect_predictions_of_unusual_objects(change, detections, digits_cfg, tmp_path):
+    data = make_dataset(tmp_path)
+    read_rectangles(digits_cfg, masks=False)
+    digits_cfg.TEST.DETECTIONS_PER_IMAGE = detections
+    change(data["val"]["annotations"])
+    ap = evaluate_perfect(digits_cfg, tmp_path, data)["bbox"]["AP"]
+    assert (ap < 90) if change is change_to_many and detections == 100 else ap == pytest.approx(100)
+
+
+def evaluate_perfect(cfg, folder, data):
+    """Return the results of a model that predicts what the data says, clipped to the images."""
+    with registered(folder, data) as names:
+        cfg.DATASETS.TEST = (names["val"],)
+        check_data(cfg, train=False)
+        evaluator = Trainer.build_evaluator(cfg, names["val"])
+        evaluator.reset()
+        for record in DatasetCatalog.get(names["val"]):
+            evaluator.process([record], [{"instances": perfect_predictions(record)}])
+        return evaluator.evaluate()
 
 
 def perfect_predictions(record):
     """Return what a perfect model predicts for a record."""
     size = int(record["height"]), int(record["width"])
     target = annotations_to_instances(record["annotations"], size, "bitmask")
+    target.gt_boxes.clip(size)
     found = Instances(size, pred_boxes=target.gt_boxes, pred_classes=target.gt_classes)
     found.scores = torch.linspace(1, 0.5, len(target))
     if target.has("gt_masks"):

@@ -235,6 +235,23 @@ def test_evaluation_on_the_folder_of_the_training(exports, trained, tmp_path):
     assert [r["image_id"] for r in records] == [r["image_id"] for r in held_out]
 
 
+def test_share_of_the_training_is_kept(exports, tmp_path):
+    """Another one would evaluate, or stop to train on, other images."""
+    folder = exports("json")
+    half = ("DATASETS.VAL_SHARE", 0.6)
+    trainer = Trainer(setup_config(args(tmp_path, *half, data=folder)))
+    trainer.checkpointer.save("model_final")
+    held_out = DatasetCatalog.get(trainer.cfg.DATASETS.TEST[0])
+    assert len(held_out) > 2
+    weights = tmp_path / "output/model_final.pth"
+    assert evaluated(tmp_path, weights, folder)[1] == held_out
+    cfg = setup_config(args(tmp_path, "--resume", data=folder))
+    assert DatasetCatalog.get(cfg.DATASETS.TEST[0]) == held_out
+    assert evaluated(tmp_path, weights, folder, *half)[1] == held_out
+    with pytest.raises(ConfigError, match=r"VAL_SHARE is 0.3, but .* was trained with 0.6"):
+        setup_config(args(tmp_path, "--resume", "DATASETS.VAL_SHARE", 0.3, data=folder))
+
+
 def names_val(folder):
     from mabn_d2.data.labelled_folder.register import dataset_base
 

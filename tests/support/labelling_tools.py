@@ -109,13 +109,14 @@ def coco_annotator(content):
 
 
 def via(content):
-    """Sizes as floats, category ids as text, no `iscrowd`."""
+    """Sizes as floats, category ids as text, one polygon without a list around it, no `iscrowd`."""
     for image in content["images"]:
         image.update(width=float(SIZE), height=float(SIZE))
     for category in content["categories"]:
         category["id"] = str(category["id"])
     for annotation in content["annotations"]:
         annotation["category_id"] = str(annotation["category_id"])
+        (annotation["segmentation"],) = annotation["segmentation"]
         del annotation["iscrowd"]
     return True
 

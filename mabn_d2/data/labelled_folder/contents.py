@@ -1,11 +1,13 @@
 """Reads a labelled folder: one list of classes for all parts, images found, a part to validate on."""
 
+import filecmp
 import hashlib
 import json
 import math
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,8 @@ from typing import Any, NamedTuple
 from ..errors import BadAnnotationError
 from .categories import unify_categories
 from .image_files import ImageFinder
-from .layouts import WHOLE, Layout, find_layout
+from .layouts import WHOLE, Layout, Part, find_layout, holds_masks
+from .normalize import normalize
 
 
 class Contents(NamedTuple):
@@ -54,22 +57,21 @@ def read_folder(
     if val_share is not None and not {"train", WHOLE} & files.keys():
         raise BadAnnotationError(
             f"{path} has no part to train on, only {', '.join(map(str, files.values()))}: add a "
-            "part named train"
+            "part named train, or name the file to train on instead of the folder"
         )
     coco = {key: read_coco(file) for key, file in files.items()}
-    rewritten = {
-        key for key, file in files.items() if _with_whole_ids(coco[key]) | _is_encoded(file)
-    }
+    rewritten = {key for key, file in files.items() if normalize(coco[key]) | _is_encoded(file)}
     categories, changed, notes = unify_categories(files, coco, class_names)
     changed |= rewritten
     parts = {
-        key: _with_images(layout, key, content, key in changed) for key, content in coco.items()
+        key: _with_images(layout, key, content, key in changed, notes)
+        for key, content in coco.items()
     }
     held_out = False
     if val_share is not None and "val" not in parts:
         held_out = True
         whole = parts.pop("train" if "train" in parts else WHOLE)
-        train, val = _split(whole, val_share)
+        train, val = _split(whole, val_share, layout.folder)
         parts = {"train": train, "val": val, **parts}
     return LabelledFolder(layout, categories, parts, held_out, notes)
 
@@ -102,22 +104,6 @@ def _is_encoded(json_file: str | Path) -> bool:
         return json.detect_encoding(file.read(4)) != "utf-8"
 
 
-def _with_whole_ids(coco: dict[str, Any]) -> bool:
-    """Make ids such as 3.0 whole numbers, in place; return whether there are any."""
-    found = False
-    for key, names in (
-        ("images", ("id",)),
-        ("categories", ("id",)),
-        ("annotations", ("id", "image_id", "category_id")),
-    ):
-        for entry in coco[key]:
-            for name in names:
-                value = entry.get(name)
-                if type(value) is float and value.is_integer():
-                    entry[name], found = int(value), True
-    return found
-
-
 def image_hash(name: str) -> float:
     """Return a number in [0, 1) that depends on the name alone, not on machine or process.
 
@@ -131,15 +117,27 @@ def image_hash(name: str) -> float:
     )
 
 
-def _with_images(layout: Layout, key: str, coco: dict[str, Any], changed: bool) -> Contents:
-    """Return the Contents of a part, whose file names become such that lead to the images."""
+def _with_images(
+    layout: Layout, key: str, coco: dict[str, Any], changed: bool, notes: list[str]
+) -> Contents:
+    """Return the Contents of a part, whose file names become such that lead to the images.
+
+    Args:
+        notes: gets a line where it is doubtful that they do.
+    """
     part = layout.parts[key]
-    images = [image for image in coco["images"] if isinstance(image.get("file_name"), str)]
-    for root in part.image_roots:
-        paths = [os.path.join(root, image["file_name"]) for image in images]
-        if images and all(map(os.path.isfile, paths)):
-            _refuse_shared(part.json_file, zip(images, map(os.path.normpath, paths), strict=True))
-            return Contents(part.json_file, root, coco, changed)
+    images = coco["images"]
+    for image in images:
+        if not isinstance(image.get("file_name"), str):
+            raise BadAnnotationError(
+                f"{part.json_file}: image {image.get('id')!r} has the file_name "
+                f"{image.get('file_name')!r:.80}: give it the name of its file"
+            )
+    root = _common_root(part, layout.folder, [image["file_name"] for image in images])
+    if root is not None:
+        paths = [os.path.normpath(os.path.join(root, image["file_name"])) for image in images]
+        _refuse_shared(part.json_file, zip(images, paths, strict=True))
+        return Contents(part.json_file, root, coco, changed)
 
     finder = ImageFinder(part.image_roots, layout.folder, key)
     found = [(image, finder.find(image["file_name"])) for image in images]
@@ -150,13 +148,46 @@ def _with_images(layout: Layout, key: str, coco: dict[str, Any], changed: bool) 
             path = os.path.join(part.image_roots[0], image["file_name"])
         relative = os.path.relpath(path, layout.folder)
         image["file_name"] = os.path.abspath(path) if relative.startswith("..") else relative
+    if finder.by_name:
+        name, path = finder.by_name[0]
+        notes.append(
+            f"{len(finder.by_name)} images of {part.json_file} are in another folder than it says, and "
+            f"were found by their name: {name!r} is {path}"
+        )
     if images and len(missing) == len(images):
+        if finder.several:
+            raise BadAnnotationError(
+                f"{part.json_file} names the image {missing[0]!r}, and {len(finder.several[0])} files "
+                f"have this name ({', '.join(sorted(finder.several[0])[:3])}): move those away that "
+                "are not the labelled images"
+            )
         folders = ", ".join(map(str, part.image_roots))
         raise BadAnnotationError(
             f"{part.json_file} names {len(images)} images, {missing[0]!r} for one, and none of them "
             f"is in {folders}: export with images, or copy them there"
         )
     return Contents(part.json_file, layout.folder, coco, True)
+
+
+def _common_root(part: Part, folder: Path, names: list[str]) -> Path | None:
+    """Return the folder that holds all images of a part by their names, or None."""
+    if not names:
+        return None
+    roots = [
+        root
+        for root in part.image_roots
+        if all(os.path.isfile(os.path.join(root, name)) for name in names)
+    ]
+    for other in roots[1:]:
+        if holds_masks(other, folder) and not holds_masks(roots[0], folder):
+            continue
+        one, two = (os.path.join(root, names[0]) for root in (roots[0], other))
+        if not (os.path.samefile(one, two) or filecmp.cmp(one, two, shallow=False)):
+            raise BadAnnotationError(
+                f"{part.json_file} names {names[0]!r} and other images that are both in {roots[0]} and in "
+                f"{other}, with other content: move those away that are not the labelled images"
+            )
+    return roots[0] if roots else None
 
 
 def _refuse_shared(json_file: Path, images: Iterable[tuple[dict[str, Any], str]]) -> None:
@@ -176,13 +207,27 @@ def _refuse_shared(json_file: Path, images: Iterable[tuple[dict[str, Any], str]]
             )
 
 
-def _split(contents: Contents, share: float) -> list[Contents]:
+def _split(contents: Contents, share: float, folder: Path) -> list[Contents]:
     """Return (train, val): images whose hash is below `share` validate, at least one of either.
 
-    Both parts have at least one image with objects.
+    Both parts have at least one image with objects. The hash is of the path of the image in `folder`,
+    which other images do not change.
     """
     coco = contents.coco
-    hashes = {id(image): image_hash(str(image.get("file_name"))) for image in coco["images"]}
+    for key in ("images", "annotations"):
+        # Each part alone would not show that its objects are those of two images.
+        repeated = [i for i, n in Counter(str(e.get("id")) for e in coco[key]).items() if n > 1]
+        if repeated:
+            raise BadAnnotationError(
+                f"{contents.json_file}: {key} with the same id {', '.join(repeated[:5])}: ids must be "
+                "unique"
+            )
+    hashes = {
+        id(image): image_hash(
+            os.path.relpath(os.path.join(contents.image_root, image["file_name"]), folder)
+        )
+        for image in coco["images"]
+    }
     labelled = {str(annotation.get("image_id")) for annotation in coco["annotations"]}
     with_objects = sorted(
         (image for image in coco["images"] if str(image.get("id")) in labelled),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .layouts import WHOLE, part_of
+from .layouts import WHOLE, holds_masks, part_of
 
 SUFFIXES = (
     ".jpg",
@@ -43,6 +43,8 @@ class ImageFinder:
     ) -> None:
         self.roots = [os.fspath(root) for root in roots]
         self.dataset, self.part = dataset, part
+        self.by_name: list[tuple[str, str]] = []  # (name, path) of those found by their name alone
+        self.several: list[list[str]] = []  # the paths where a name alone could be each of them
         self._by_name: dict[str, list[str]] | None = None
 
     def find(self, file_name: str) -> str | None:
@@ -77,13 +79,20 @@ class ImageFinder:
                     continue
                 self._by_name.setdefault(_key(os.path.basename(path)), []).append(path)
         same = self._by_name.get(_key(PurePosixPath(name).name), [])
-        if len(same) < 2:
-            return same[0] if same else None
+        same = [p for p in same if not holds_masks(os.path.dirname(p), self.dataset)] or same
+        if not same:
+            return None
         # Of several files with this name, the one that shares most of the path.
         wanted = [_key(part) for part in PurePosixPath(name).parts[::-1]]
         lengths = [_common(wanted, [_key(p) for p in Path(path).parts[::-1]]) for path in same]
         best = max(lengths)
-        return same[lengths.index(best)] if lengths.count(best) == 1 else None
+        if lengths.count(best) > 1:
+            self.several.append(same)
+            return None
+        path = same[lengths.index(best)]
+        if best == 1 < len(wanted):
+            self.by_name.append((name, path))
+        return path
 
     def _is_of_other_part(self, path: str) -> bool:
         if self.part == WHOLE:

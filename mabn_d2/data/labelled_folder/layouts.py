@@ -10,6 +10,7 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,9 @@ PART_NAMES = {  # part of a dataset: words by which files and folders name it
     "test": {"test", "testing"},
 }
 WHOLE = "all"  # the part of a folder that is not divided
+# Words by which folders of masks that are pictures are named.
+MASK_NAMES = {"mask", "masks", "label", "labels", "gt", "groundtruth", "seg", "segmentation"}
+MASK_NAMES |= {"annotation", "annotations", "segmentations"}
 ROBOFLOW = "_annotations.coco.json"
 # What other export formats leave in a folder.
 OTHER_FORMATS = {
@@ -97,8 +101,16 @@ def find_layout(path: str | Path) -> Layout:
 
 def part_of(name: str) -> str | None:
     """Return the part that a file or folder is named after: instances_val2017 -> val."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return next((part for part, names in PART_NAMES.items() if words & names), None)
+    return next((part for part, names in PART_NAMES.items() if _words(name) & names), None)
+
+
+def holds_masks(path: str | Path, folder: str | Path) -> bool:
+    """Return whether a folder within `folder` is named after masks that are pictures."""
+    return bool(_words(os.path.relpath(path, folder)) & MASK_NAMES)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def _in_part_folders(folder: Path) -> list[Path]:
@@ -129,7 +141,9 @@ def _by_part(folder: Path, files: Iterable[Path]) -> dict[str, Path]:
     """Return {part: file}. A file that names no part is the whole, or what the others leave to train."""
     parts: dict[str | None, list[Path]] = {}
     for file in files:
-        name = file.parent.name if file.name == ROBOFLOW else file.stem
+        name = file.stem
+        if file.name == ROBOFLOW:
+            name = "" if file.parent == folder else file.parent.name
         part = part_of(name) or (part_of(file.parent.name) if file.parent != folder else None)
         parts.setdefault(part, []).append(file)
     if "train" not in parts and None in parts:
@@ -175,4 +189,5 @@ def _image_roots(json_file: Path, folder: Path, part: str | None) -> tuple[Path,
         if part and base.is_dir():
             roots += sorted(f for f in base.iterdir() if f.is_dir() and part_of(f.name) == part)
     roots += [folder / "images", folder, beside]
-    return tuple(root for root in dict.fromkeys(roots) if root.is_dir())
+    roots = [root for root in dict.fromkeys(roots) if root.is_dir()]
+    return tuple(sorted(roots, key=lambda root: holds_masks(root, folder)))
