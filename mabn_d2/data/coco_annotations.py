@@ -96,6 +96,7 @@ class AnnotationCheck:
         )  # fmt: skip
         self.has_area = ~empty
         count = len(self.annotations)
+        self.other_form = tiny.sum() > 0.5 * count or corners.sum() > 0.1 * count
         self.doubtful = tiny | corners | empty | ~good  # boxes that a mask can't be compared with
         if tiny.sum() > 0.5 * count:
             self._note(tiny, "lie within 0..1: are they shares of the image? COCO has pixels")
@@ -248,6 +249,8 @@ class AnnotationCheck:
                 "height",
             ),
         ):
+            if which is other and self.other_form:  # the note about the boxes says it
+                continue
             if which.sum() > share * used.sum():
                 first = self.annotations[int(np.argmax(which))]["id"]
                 self.findings.notes.append(

@@ -59,7 +59,7 @@ def test_two_processes(small, tmp_path):
     barrier = spawn.Barrier(2)
     ranks = [spawn.Process(target=race, args=(folder, barrier)) for _ in range(2)]
     [rank.start() for rank in ranks]
-    assert [rank.join(120) or rank.exitcode for rank in ranks] == [0, 0]
+    assert [rank.join(240) or rank.exitcode for rank in ranks] == [0, 0]
     assert os.listdir(folder.parent) == ["d"] and files(folder) == files(small)
 
 
