@@ -14,7 +14,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import nn
 
 from .io import CheckpointError, atomic_file, read_checkpoint, write_checkpoint
-from .record import KEY
+from .record import FROM_BATCH_NORM, KEY, check_recalibrated, needs_recalibration
 from .state import convert_batch_norms, tensors, wrapper
 from .weights_check import (
     batch_norms_for_mabn,
@@ -86,7 +86,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     @property
     def needs_recalibration(self) -> bool:
         """Whether the loaded `running_var` is a BatchNorm's, converted by this load or in the file."""
-        return bool(self.converted) or bool((self.record or {}).get("recalibrate"))
+        return bool(self.converted) or needs_recalibration(self.record)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file as Detectron2 does, after a check.
@@ -109,14 +109,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.loaded = checkpoint
         record = checkpoint.get(KEY)
         self.record = record if isinstance(record, dict) else None
-        if self.record and self.record.get("recalibrate"):
-            told = f"{path} was converted from BatchNorm, whose running_var does not fit MABN"
-            if self.complete:
-                raise CheckpointError(
-                    f"{told}: train from it before you evaluate, which recalibrates it first"
-                )
+        if self.complete:
+            check_recalibrated(self.record, path)
+        elif needs_recalibration(self.record):
             _logger.warning(
-                f"{told}: Trainer and the LazyConfig tool recalibrate it before they train"
+                f"{path} {FROM_BATCH_NORM}: Trainer and the LazyConfig tool recalibrate it before "
+                "they train"
             )
         return checkpoint
 

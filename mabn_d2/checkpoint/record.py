@@ -13,6 +13,8 @@ KEY = "mabn_d2"  # of the record in a checkpoint
 # With MABN in ResNet and FPN these build the same model. Older files name the second one.
 SAME_WITH_MABN = {"build_mabn_resnet_fpn_backbone", "build_any_norm_resnet_fpn_backbone"}
 
+FROM_BATCH_NORM = "was converted from BatchNorm, whose running_var does not fit MABN"
+
 
 def recorded(
     source: Mapping[str, Any],
@@ -63,6 +65,27 @@ def checkpoint_of(
             "recalibrate": recalibrate,
         },
     }
+
+
+def check_recalibrated(record: Mapping[str, Any] | None, source: str) -> None:
+    """Check that a file may be evaluated.
+
+    Args:
+        record: the checkpoint's entry "mabn_d2"; None if it has none.
+        source: the file, for the message.
+    Raises:
+        CheckpointError: if its `running_var` is still that of a BatchNorm.
+    """
+    if needs_recalibration(record):
+        raise CheckpointError(
+            f"{source} {FROM_BATCH_NORM}: train from it before you evaluate or fold it, which "
+            "recalibrates it first"
+        )
+
+
+def needs_recalibration(record: Mapping[str, Any] | None) -> bool:
+    """Return whether a record says that `running_var` is still that of a BatchNorm."""
+    return isinstance(record, Mapping) and bool(record.get("recalibrate"))
 
 
 def differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> list[str]:

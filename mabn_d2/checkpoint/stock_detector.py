@@ -14,6 +14,7 @@ from ..modeling.norm import BUILD_ERRORS, NORM, detectron2_build_model
 from ..surgery.fold import fold_in_place
 from ..surgery.fuse_relu import unfuse_relu
 from .io import CheckpointError
+from .record import KEY, check_recalibrated
 from .state import WINDOWS, check, unwrap
 
 # What this package registers, and what stock Detectron2 has in its place: the same but for initial
@@ -30,8 +31,11 @@ def load_whole(model: nn.Module, checkpoint: Any) -> nn.Module:
     """Load a checkpoint of `model` for evaluation: all entries but the windows, which start empty.
 
     Raises:
-        CheckpointError: listing entries that are missing, too many or don't fit.
+        CheckpointError: listing entries that are missing, too many or don't fit, or if the file was
+            converted from BatchNorm and not trained since.
     """
+    if isinstance(checkpoint, dict):
+        check_recalibrated(checkpoint.get(KEY), "the checkpoint")
     state, _ = unwrap(checkpoint)
     state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in WINDOWS}
     model.load_state_dict(check(state, model.state_dict()))

@@ -11,7 +11,7 @@ from torch import nn
 
 from hostile import Hostile
 from mabn_d2 import CheckpointError, SafeCheckpointer, convert_imagenet
-from mabn_d2.checkpoint import differences, write_checkpoint
+from mabn_d2.checkpoint import differences, load_whole, read_checkpoint, write_checkpoint
 from mabn_d2.engine import Trainer
 from published_resnet import PublishedResNet
 
@@ -118,7 +118,10 @@ def test_trainer_warns_of_differences(digits_cfg, tmp_path, caplog):
 
 
 def test_file_that_needs_recalibration(tmp_path, caplog):
-    """As convert_weights.py writes it from BatchNorm: trained from with a warning, never evaluated."""
+    """As convert_weights.py writes it from BatchNorm: trained from with a warning, never evaluated.
+
+    `load_whole` loads it to predict, to fold and to export.
+    """
     path, record = tmp_path / "a.pth", {"config": {}, "recalibrate": True}
     for recalibrate in (True, False):
         write_checkpoint(
@@ -137,5 +140,8 @@ def test_file_that_needs_recalibration(tmp_path, caplog):
         if recalibrate:
             with pytest.raises(CheckpointError, match="train from it before you evaluate"):
                 evaluated.load(str(path))
+            with pytest.raises(CheckpointError, match="train from it before you evaluate or fold"):
+                load_whole(nn.Linear(2, 2), read_checkpoint(path))
         else:
             evaluated.load(str(path))
+            load_whole(nn.Linear(2, 2), read_checkpoint(path))
