@@ -149,8 +149,14 @@ class SafeCheckpointer(DetectionCheckpointer):
         state = tensors(checkpoint["model"])
         norms = [name for name, norm in self.model.named_modules() if is_mabn(norm)]
         if checkpoint.pop("matching_heuristics", False):
-            # With the means that MABN lacks, so that they are found in the file by their names.
+            # With the means that MABN lacks, and a norm behind each convolution that has none, so that
+            # they are found in the file by their names.
             expected = self.model.state_dict()
+            expected = {
+                f"{name.removesuffix('.weight')}.norm.weight": value[:, 0, 0, 0]
+                for name, value in expected.items()
+                if name.endswith(".weight") and value.dim() == 4
+            } | expected
             expected |= {f"{name}.running_mean": expected[f"{name}.running_var"] for name in norms}
             try:
                 state = align_and_update_state_dicts(

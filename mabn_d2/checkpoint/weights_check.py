@@ -98,6 +98,35 @@ def check_norms(model: nn.Module, state: Mapping[str, torch.Tensor], source: str
             f"{source} has BatchNorm where the model has {kind} ({_count(names)}): use weights that "
             f"were trained with {kind}, or change NORM"
         )
+    _check_left_out(model, state, source)
+
+
+def _check_left_out(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Check that no convolution is loaded without the norm that it was trained with.
+
+    Nothing else shows it where convolutions have no bias, as in Detectron2's ResNet: then the model
+    has all that it expects.
+    """
+    own = model.state_dict()
+    modules = {name for name, _ in model.named_modules()}
+    left_out = [
+        norm
+        for norm in (
+            name.removesuffix(".weight") for name in state if name.endswith(".norm.weight")
+        )
+        if norm not in modules
+        and (conv := f"{norm.removesuffix('.norm')}.weight") in own
+        and conv in state
+        and own[conv].shape == state[conv].shape
+    ]
+    if left_out:
+        mean = any(f"{norm}.running_mean" in state for norm in left_out)
+        mabn = not mean and all(f"{norm}.running_var" in state for norm in left_out)
+        theirs, value = ("MABN", '"MABN"') if mabn else ("norms", "that of the weights")
+        raise CheckpointError(
+            f"{source} has {theirs} where the model has no norm ({_count(left_out)}): set NORM there "
+            f"to {value}, for the ResNet MODEL.RESNETS.NORM"
+        )
 
 
 def check_values(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

@@ -45,6 +45,9 @@ def detector(cfg, norm):
         ("MABN", "BRN", "MABN where the model has BatchRenorm2d"),
         ("MABN", "GN", 'MABN where the model has GroupNorm.*NORM to "MABN"'),
         ("BN", "GN", "BatchNorm where the model has GroupNorm"),
+        ("MABN", "", r'MABN where the model has no norm \(24 norms, the first backbone.*to "MABN"'),
+        ("BN", "", r"norms where the model has no norm \(24 norms.*MODEL.RESNETS.NORM"),
+        ("GN", "", "norms where the model has no norm"),
     ],
 )
 def test_another_norm_is_refused(digits_cfg, tmp_path, theirs, ours, message):
@@ -111,6 +114,8 @@ def test_model_zoo_files_with_names_that_are_matched(digits_cfg, tmp_path, kind)
     path.write_bytes(pickle.dumps(data))
     with pytest.raises(CheckpointError, match=message):
         SafeCheckpointer(detector(digits_cfg, "MABN")).load(str(path))
+    with pytest.raises(CheckpointError, match="norms where the model has no norm"):
+        SafeCheckpointer(detector(digits_cfg, "")).load(str(path))
     model = detector(digits_cfg, "FrozenBN")
     SafeCheckpointer(model).load(str(path))
     assert torch.equal(model.state_dict()[f"{STEM}.weight"], state[f"{STEM}.weight"])
