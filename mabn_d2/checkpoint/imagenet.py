@@ -1,7 +1,7 @@
 """ImageNet classifiers -> the backbone's weights in Detectron2."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
@@ -51,7 +51,8 @@ def convert_imagenet(
     Args:
         checkpoint: a state dict, or what wraps one, of tensors or numpy arrays.
         stride_in_1x1, channel_order, pixel_mean, pixel_std: recorded as config keys; None is what
-            the source's authors did. `channel_order` is "BGR" or "RGB"; the other two are 3 numbers
+            the source's authors did, or what a checkpoint of this package's classifiers says.
+            `channel_order` is "BGR" or "RGB"; the other two are 3 numbers
             in that order, of levels of 0-255.
         keep_buffers: keep MABN's windows and counter, which start over otherwise.
         prefix: of the backbone in the model; "backbone." where there is no FPN.
@@ -92,6 +93,9 @@ def convert_imagenet(
         source, trained = "torchvision ResNet with BatchNorm", _TORCHVISION
     else:
         source, trained = "ResNet with MABN", _PUBLISHED
+    own = checkpoint.get("args")  # of this package's tools/train_imagenet.py
+    if isinstance(own, Mapping) and isinstance(own.get("bgr255"), bool):
+        trained = _PUBLISHED if own["bgr255"] else _TORCHVISION
 
     state, dropped, recalibrate = to_mabn(state, keep_buffers)
     config = resnet_config(state)

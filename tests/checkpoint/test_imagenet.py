@@ -12,7 +12,7 @@ from converted import PREFIX, assert_same_features, cfg_of
 from mabn_d2 import CheckpointError, SafeCheckpointer, convert_imagenet
 from mabn_d2.checkpoint import write_checkpoint
 from paths import ROOT
-from published_resnet import PublishedResNet, add_windows
+from published_resnet import Mabn, PublishedResNet, add_windows
 
 FORMS = {
     "bare": lambda state: state,
@@ -45,6 +45,15 @@ def test_every_form(form, stride_in_1x1):
     assert checkpoint["mabn_d2"]["config"]["MODEL.RESNETS.STRIDE_IN_1X1"] is stride_in_1x1
     if not stride_in_1x1:  # the default
         assert convert_imagenet(FORMS[form](state))["mabn_d2"] == checkpoint["mabn_d2"]
+
+
+@pytest.mark.parametrize("norm", [Mabn, nn.BatchNorm2d])
+@pytest.mark.parametrize("bgr255, order, mean", [(True, "BGR", 0.0), (False, "RGB", 123.675)])
+def test_input_of_this_package_s_classifiers(norm, bgr255, order, mean):
+    """Their checkpoints say what input they were trained with, whatever the norm."""
+    state = PublishedResNet(18, width=8, norm=norm).state_dict()
+    config = convert_imagenet({"model": state, "args": {"bgr255": bgr255}})["mabn_d2"]["config"]
+    assert config["INPUT.FORMAT"] == order and config["MODEL.PIXEL_MEAN"][0] == mean
 
 
 def test_wrong_stride_loads_in_silence():
