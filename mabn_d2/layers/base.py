@@ -96,6 +96,25 @@ class ConfigurableNorm(nn.Module):
                 setattr(self, name, buffer.to(after.device))
         return self
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        # load_state_dict(assign=True) takes tensors as they are, also those of a file in half precision.
+        if local_metadata.get("assign_to_params_buffers"):
+            weight = state_dict.get(prefix + "weight", self.weight)
+            for name, buffer in self._buffers.items():
+                value = state_dict.get(prefix + name)
+                if buffer is not None and value is not None:
+                    floating = buffer.dtype.is_floating_point
+                    dtype = statistics_dtype(weight.dtype) if floating else buffer.dtype
+                    state_dict[prefix + name] = value.to(dtype)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
 
 def check_ranges(settings: dict[str, Any], in_range: dict[str, bool]) -> None:
     """Raise ValueError with the value of the first setting that is not `in_range`."""

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from mabn_d2.layers import MABN2d
+from mabn_d2.layers import BatchRenorm2d, MABN2d, SplitMABN2d
 from reference import assert_close, assert_equal_state, train
 
 C, M = 3, 4
@@ -33,6 +33,21 @@ def test_conversion(dtype):
     y = layer(x)
     y.float().sum().backward()
     assert y.dtype == x.grad.dtype == layer.weight.grad.dtype == dtype and layer.iters == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [MABN2d, SplitMABN2d, BatchRenorm2d])
+def test_assigned_state(kind, dtype):
+    """A file whose tensors all have one dtype, the counter too, as they are after a cast."""
+    state = {name: value.to(dtype) for name, value in train(kind(C), 3).state_dict().items()}
+    layer = kind(C)
+    layer.load_state_dict(state, assign=True)
+    statistics = torch.promote_types(dtype, torch.float32)
+    assert layer.weight.dtype == dtype
+    assert {buffer.dtype for buffer in layer.buffers()} == {statistics, torch.int64}
+    layer(torch.randn(2, C, 4, 5, dtype=dtype)).float().sum().backward()
+    counter = layer.state_dict()["num_batches_tracked" if kind is BatchRenorm2d else "iters"]
+    assert counter == 4 and layer.running_var.isfinite().all()
 
 
 @pytest.mark.parametrize("layer_dtype", [torch.float32, torch.float64, torch.bfloat16])
