@@ -8,7 +8,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
+from detectron2.data.detection_utils import (
+    _apply_exif_orientation,
+    convert_PIL_to_numpy,
+    read_image,
+)
+from detectron2.modeling import ProposalNetwork, SemanticSegmentor
 from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
@@ -16,7 +21,7 @@ from torch import nn
 from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.description import classes_of, config_of
 from .checkpoint.stock_detector import load_whole
-from .data.mapper import BadImageError, NamingMapper
+from .data.mapper import BadImageError, NamingMapper, check_depth
 from .modeling.norm import BUILD_ERRORS, build_model
 from .surgery.fold import fold_mabn
 
@@ -84,13 +89,18 @@ class Predictor:
 
         Args:
             image: path, PIL image, or array (H, W, 3) uint8 in BGR as OpenCV reads it, the
-                convention of Detectron2's DefaultPredictor.
+                convention of Detectron2's DefaultPredictor. A path and a PIL image are turned upright
+                by their EXIF orientation.
         Returns:
             Instances on the CPU with pred_boxes (x1, y1, x2, y2 in pixels), scores, pred_classes,
             class_names (array of str), and pred_masks (N, H, W) bool if the model has masks.
+        Raises:
+            BadImageError: for a path of an image that can't be read.
+            ValueError: for another array, or a PIL image of more than 8 bits a channel.
         """
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))[:, :, ::-1]
+            check_depth(image)
+            image = convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
         elif not isinstance(image, np.ndarray):
             image = self.read(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -122,7 +132,8 @@ def load_predictor(
         cfg: the model's config, for a checkpoint that holds none.
         fold: replace MABN by stock layers that give the same predictions faster.
     Raises:
-        CheckpointError: if the file holds no config, or its weights don't fit the config.
+        CheckpointError: if the file holds no config, if its weights don't fit the config, or if its
+            model finds no objects.
     """
     checkpoint = read_checkpoint(path)
     cfg = cfg or (config_of(checkpoint) if isinstance(checkpoint, dict) else None)
@@ -144,6 +155,11 @@ def load_predictor(
         raise CheckpointError(
             f"no model can be built from the config of {path}: {reason}"
         ) from error
+    if isinstance(model, (SemanticSegmentor, ProposalNetwork)):
+        raise CheckpointError(
+            f"MODEL.META_ARCHITECTURE of {path} is {cfg.MODEL.META_ARCHITECTURE!r}, which finds no objects "
+            "of classes: use a checkpoint of a detector"
+        )
     model = load_whole(model, checkpoint)
     if fold:
         model = fold_mabn(model)

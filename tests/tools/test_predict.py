@@ -147,7 +147,10 @@ def test_what_an_image_is(checkpoint, photos, tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     turned.save(tmp_path / "turned.png", exif=exif)
     assert ImageOps.exif_transpose(Image.open(tmp_path / "turned.png")).size == image.size
-    assert torch.equal(predictor(tmp_path / "turned.png").scores, found.scores)
+    for same in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        assert torch.equal(predictor(same).scores, found.scores)
+    with pytest.raises(ValueError, match="mode I;16, which needs converting to 8 bits"):
+        predictor(Image.new("I;16", (32, 32)))
     with pytest.raises(BadImageError, match="missing.png"):
         predictor(photos / "missing.png")
     with pytest.raises(ValueError, match="uint8, BGR"):
@@ -267,6 +270,16 @@ def test_checkpoint_without_config(checkpoint, photos, tmp_path):
         bare, tmp_path / "out", photos, "--config-file", file, "--threshold", 0.1
     )
     assert results and images["categories"][0] == {"id": 1, "name": "class 1"}
+
+
+@pytest.mark.parametrize("architecture", ["SemanticSegmentor", "ProposalNetwork"])
+def test_model_that_finds_no_objects(architecture, photos, tmp_path):
+    cfg = config()
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    write_checkpoint({"model": {}, "config": cfg.dump()}, tmp_path / "model.pth")
+    with pytest.raises(SystemExit, match=f"is '{architecture}', which finds no objects of classes"):
+        predict(tmp_path / "model.pth", tmp_path / "out", photos)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
