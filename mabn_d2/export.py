@@ -4,7 +4,7 @@ A folded detector (`fold_mabn`) has stock layers only, so it can be written as T
 or as a program of `torch.export`. The file takes one image and gives the boxes, classes, scores and
 masks of the objects in it:
 
-    image    (3, H, W) float32, 0-255, channels in the order of INPUT.FORMAT, resized already
+    image    (C, H, W) float32, 0-255, channels in the order of INPUT.FORMAT (one for "L"), resized
     boxes    (N, 4) float32, x1, y1, x2, y2 in pixels of this image
     classes  (N,) int64, positions in the list of class names
     scores   (N,) float32, the highest first
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers.mask_ops import _do_paste_mask
-from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -65,7 +65,9 @@ class ExportableDetector(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         kind = type(model).__name__
-        if not isinstance(model, (GeneralizedRCNN, DenseDetector)):
+        if isinstance(model, PanopticFPN) or not isinstance(
+            model, (GeneralizedRCNN, DenseDetector)
+        ):
             raise ExportError(
                 f"{kind} can't be exported as a whole: use Faster R-CNN, Mask R-CNN or RetinaNet"
             )
@@ -84,7 +86,7 @@ class ExportableDetector(nn.Module):
         return getattr(self.model, "roi_heads", None)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(3, H, W) -> boxes (N, 4), classes (N,), scores (N,), masks (N, H, W) bool."""
+        """(C, H, W) -> boxes (N, 4), classes (N,), scores (N,), masks (N, H, W) bool."""
         inputs = [{"image": image}]
         if isinstance(self.model, GeneralizedRCNN):
             (instances,) = self.model.inference(inputs, do_postprocess=False)
@@ -106,7 +108,7 @@ class ExportableDetector(nn.Module):
 class DenseOutputs(nn.Module):
     """The part of a detector in front of the selection of boxes, whose shapes depend on no data.
 
-    (3, H, W) -> the predictions of the RPN, or of RetinaNet's head, on each level of the pyramid: a
+    (C, H, W) -> the predictions of the RPN, or of RetinaNet's head, on each level of the pyramid: a
     list of scores (1, A * K, Hi, Wi) and a list of box offsets (1, A * 4, Hi, Wi).
     """
 
@@ -115,7 +117,7 @@ class DenseOutputs(nn.Module):
         self.model = detector.model
 
     def forward(self, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(3, H, W) -> scores and box offsets of each level."""
+        """(C, H, W) -> scores and box offsets of each level."""
         images = self.model.preprocess_image([{"image": image}])
         features = self.model.backbone(images.tensor)
         if isinstance(self.model, GeneralizedRCNN):
@@ -138,7 +140,7 @@ def export_detector(
         model: a detector in evaluation mode, on the CPU, what `fold_mabn` returns.
         format: one of FORMATS.
         output: the file. It is written whole or not at all.
-        examples: images (3, H, W) float32, 0-255. The first one is traced. The file is then
+        examples: images (C, H, W) float32, 0-255. The first one is traced. The file is then
             compared with the model on all of them; images of several sizes show that the file
             takes any size.
         class_names: written into the file, with `channel_order`.
@@ -211,7 +213,7 @@ def export_checkpoint(
         raise ExportError(f"the image size is {height}x{width}: both must be positive")
     noise = torch.Generator().manual_seed(0)
     examples = [
-        torch.rand(3, *size, generator=noise) * 255
+        torch.rand(len(predictor.cfg.MODEL.PIXEL_MEAN), *size, generator=noise) * 255
         for size in ((height, width), (width + 32, height))
     ]
     shown = [predictor.to_tensor(predictor.read(image)) for image in images]

@@ -3,7 +3,7 @@
     tools/export_model.py --checkpoint output/own_data/model_best.pth --format onnx \\
         --output detector.onnx --images photos/*.jpg
 
-The file takes one image, (3, H, W) float32, 0-255, and gives boxes, classes, scores and masks. It is
+The file takes one image, (C, H, W) float32, 0-255, and gives boxes, classes, scores and masks. It is
 compared with the model before it is written. docs/export.md shows how to run it.
 """
 

@@ -140,6 +140,16 @@ def test_output_and_threshold(checkpoint, tmp_path, monkeypatch):
     assert checkpoint.read_bytes() == before and sorted(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_model_of_gray_images(tmp_path):
+    cfg = faster_cfg()
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [128.0], [50.0]
+    state = randomized(build_model(cfg)).state_dict()
+    write_checkpoint({"model": state, "config": cfg.dump()}, tmp_path / "model.pth")
+    export_checkpoint(tmp_path / "model.pth", "torchscript", tmp_path / "x.pt", (64, 64))
+    boxes, *_ = torch.jit.load(tmp_path / "x.pt")(torch.rand(1, 64, 96) * 255)
+    assert boxes.shape[1] == 4
+
+
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else name)
     with pytest.raises(ExportError, match="needs onnx: pip install onnx, or"):
@@ -183,4 +193,7 @@ def test_one_line_errors(tmp_path, monkeypatch):
     assert not output.parent.exists()
     with pytest.raises(ExportError, match="use Faster R-CNN, Mask R-CNN or RetinaNet"):
         export_detector(torch.nn.Conv2d(3, 3, 1), "onnx", output, [torch.rand(3, 32, 32)])
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    with pytest.raises(ExportError, match="PanopticFPN can't be exported as a whole"):
+        ExportableDetector(build_model(cfg))
     assert not output.parent.exists()
