@@ -63,7 +63,8 @@ def fold_mabn(model: nn.Module, into: str = "frozen_bn", example_inputs: Any = N
         The folded copy. It can be scripted, traced and exported if its stock layers can.
     Raises:
         ValueError: for another `into`, naming norms that can't be folded into a convolution, or naming
-            weights that a hook or parametrization computes (weight_norm, spectral_norm, prune).
+            weights that a hook or parametrization computes (weight_norm, spectral_norm, prune); for
+            "batch_norm" in half precision also if a running_var is too large for it.
     """
     if into not in INTO:
         raise ValueError(f"into is {into!r}: use one of {', '.join(INTO)}")
@@ -188,7 +189,13 @@ def _batch_norm(norm: MABN2d) -> nn.Module:
         )
     with torch.no_grad():
         for name in ("weight", "bias", "running_var"):
-            getattr(new, name).copy_(getattr(norm, name))
+            value = getattr(norm, name)
+            getattr(new, name).copy_(value)
+            if value.isfinite().all() and not getattr(new, name).isfinite().all():
+                raise ValueError(
+                    f"a {name} of {value.max().item():.3g} is more than {norm.weight.dtype} holds: fold "
+                    "before .half(), or use into='frozen_bn'"
+                )
     for name in ("weight", "bias"):
         getattr(new, name).requires_grad_(getattr(norm, name).requires_grad)
     return new.train(norm.training)

@@ -92,6 +92,16 @@ def test_shared_norm_and_other_dtypes():
     torch.testing.assert_close(folded[0](x), heads[0](x))
 
 
+def test_running_var_that_half_precision_does_not_hold():
+    """MABN's stays in float32, as FrozenBatchNorm2d's does; that of nn.BatchNorm2d does not."""
+    norm = MABN2d(3).half().eval()
+    norm.running_var.fill_(1e5)
+    with pytest.raises(ValueError, match="running_var of 1e.05 is more than torch.float16 holds"):
+        fold_mabn(norm, "batch_norm")
+    assert fold_mabn(norm).running_var.eq(1e5).all()
+    assert fold_mabn(norm.bfloat16(), "batch_norm").running_var.isfinite().all()
+
+
 @torch.no_grad()  # with gradients FrozenBatchNorm2d rounds otherwise
 @pytest.mark.parametrize("into", ["frozen_bn", "conv"])
 def test_detector(into):
