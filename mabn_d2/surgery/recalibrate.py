@@ -58,9 +58,10 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
        random in training mode; their heads then get values that vary by the draw.
 
     Args:
-        model: called with each batch. MABN layers whose weight does not require grad are frozen,
+        model: called with each batch, or its input. MABN layers whose weight does not require grad are frozen,
             and left alone; so are those that no batch reaches, with a warning.
-        data_loader: an iterable of batches.
+        data_loader: an iterable of batches. Of a batch (input, target) the model gets the input,
+            unless it takes a list of tensors.
         num_iters: the number of batches to take.
     Raises:
         ValueError: if there are fewer batches, on any rank, or no layer to set.
@@ -86,6 +87,7 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
     before = {layer: layer.running_var.clone() for layer in layers}
     try:
         with _as_in_evaluation(layers):
+            batches = _inputs(model, batches)
             calls = [_calls(model, layers, batch) for batch in batches]
             for index, layer in enumerate(_order(layers, calls), start=1):
                 x2 = _second_moment(model, layer, batches, [c.get(layer) for c in calls])
@@ -116,6 +118,21 @@ def _as_in_evaluation(layers: Collection[nn.Module]) -> Iterator[None]:
     finally:
         for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
+
+
+def _inputs(model: nn.Module, batches: list[Any]) -> list[Any]:
+    """Return what the model takes of each batch: the first element if it does not take the whole.
+
+    `torch.optim.swa_utils.update_bn` takes the first element of every list. Here a list may be the
+    levels of a pyramid, too.
+    """
+    first = batches[0]
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], torch.Tensor):
+        try:
+            model(first)
+        except (AttributeError, TypeError):  # what a list raises in place of a tensor
+            return [batch[0] for batch in batches]
+    return batches
 
 
 def _calls(model: nn.Module, layers: Iterable[MABN2d], batch: Any) -> dict[MABN2d, int]:

@@ -229,7 +229,8 @@ def table(rows: list[dict[str, str]]) -> Iterator[str]:
     yield "- Refused: MABN needs a centred convolution in front of each norm, and would lose what the norm"
     yield "  does beside. The table shows the first reason."
     yield "- `torch.optim.swa_utils.update_bn` and fvcore's `update_bn_stats` do nothing to a converted model:"
-    yield "  call `update_mabn_stats(model, data_loader, num_iters)` instead."
+    yield "  call `update_mabn_stats(model, data_loader, num_iters)` instead. It takes"
+    yield "  batches (input, target), too."
     yield "- torch.fx has to leave the layers whole, as in torchvision's `create_feature_extractor(model, [...],"
     yield '  tracer_kwargs={"leaf_modules": [MABN2d, CenConv2d]})`; a fold into `batch_norm` or `conv` needs nothing.'
     yield ""

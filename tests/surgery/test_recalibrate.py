@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from commands import run_support
 from detectors import narrow_cfg, scenes
@@ -60,6 +61,11 @@ def test_every_layer_gets_the_second_moment_of_its_input():
     assert torch.equal(model.unused.running_var, torch.ones(3))
 
 
+def _cut(sizes):
+    """Return the indices of batches of these sizes."""
+    return [part.tolist() for part in torch.arange(sum(sizes)).split(sizes)]
+
+
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [7, 5], [5, 7], [2, 3, 7]])
 def test_the_batch_split_and_the_values_before_do_not_matter(sizes):
     model, images = Small(), torch.randn(12, 3, 10, 14)
@@ -69,7 +75,8 @@ def test_the_batch_split_and_the_values_before_do_not_matter(sizes):
         if isinstance(norm, MABN2d) and norm is not model.unused:
             norm.running_var.uniform_(0.01, 100)
     state = [m.iters.clone() for m in model.modules() if isinstance(m, MABN2d)]
-    update_mabn_stats(model, iter(images.split(sizes)), len(sizes))
+    batches = DataLoader(TensorDataset(images, torch.arange(12)), batch_sampler=_cut(sizes))
+    update_mabn_stats(model, batches, len(sizes))
     torch.testing.assert_close(variances(model), expected, rtol=1e-5, atol=0)
     assert [m.iters for m in model.modules() if isinstance(m, MABN2d)] == state
     assert all(module.training for module in model.modules())
