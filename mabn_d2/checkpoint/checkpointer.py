@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import nn
 
+from ..layers.mabn import MISFIT, MABN2d
 from .io import CheckpointError, atomic_file, read_checkpoint, write_checkpoint
 from .record import FROM_BATCH_NORM, KEY, check_recalibrated, needs_recalibration
 from .state import convert_batch_norms, tensors, wrapper
@@ -25,6 +27,27 @@ from .weights_check import (
 )
 
 _logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _one_line_of_misfits(source: str) -> Iterator[None]:
+    """Log how many MABN layers start with empty windows in one line, not in one for each layer."""
+    misfits: list[Any] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.msg != MISFIT:
+            return True
+        misfits.append(record.args)
+        return False
+
+    logger = logging.getLogger(MABN2d.__module__)
+    logger.addFilter(collect)
+    try:
+        yield
+    finally:
+        logger.removeFilter(collect)
+    if misfits:
+        _logger.warning(f"{source}: {MISFIT % misfits[0]}, in {len(misfits)} layers")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -176,9 +199,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         complete = self.complete or self._resumes
         _logger.info(check_entries(self.model, state, self._source, complete))
         checkpoint["model"] = state
-        with (
-            warnings.catch_warnings()
-        ):  # Loading into a model without data, to check, does nothing.
+        with _one_line_of_misfits(self._source), warnings.catch_warnings():
+            # Loading into a model without data, to check, does nothing.
             warnings.filterwarnings("ignore", ".*non-meta parameter in the checkpoint")
             return super()._load_model(checkpoint)
 

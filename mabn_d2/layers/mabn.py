@@ -18,6 +18,7 @@ from .ops.memory_format import dense
 
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
+MISFIT = "%s does not fit a window of %d: the windows start empty"  # what loading a state logs
 
 _logger = logging.getLogger(__name__)
 
@@ -427,10 +428,7 @@ class MABN2d(ConfigurableNorm):
         misfits = [k for k, v in found.items() if v is None or v.shape != own[k].shape]
         if misfits:
             if any(value is not None for value in found.values()):
-                _logger.warning(
-                    f"{prefix}{misfits[0]} does not fit a window of {self.window}: "
-                    "the windows start empty"
-                )
+                _logger.warning(MISFIT, f"{prefix}{misfits[0]}", self.window)
             # A layer on the meta device gets its state by assignment.
             like = state_dict[prefix + "running_var"]
             found = {

@@ -13,6 +13,7 @@ from hostile import Hostile
 from mabn_d2 import CheckpointError, SafeCheckpointer, convert_imagenet
 from mabn_d2.checkpoint import differences, load_whole, read_checkpoint, write_checkpoint
 from mabn_d2.engine import Trainer
+from mabn_d2.layers import MABN2d
 from published_resnet import PublishedResNet
 
 
@@ -145,3 +146,15 @@ def test_file_that_needs_recalibration(tmp_path, caplog):
         else:
             evaluated.load(str(path))
             load_whole(nn.Linear(2, 2), read_checkpoint(path))
+
+
+def test_windows_that_do_not_fit_are_one_line(tmp_path, caplog):
+    norms = nn.Sequential(*(MABN2d(2) for _ in range(3)))
+    torch.save(norms.state_dict(), tmp_path / "a.pth")
+    other = nn.Sequential(*(MABN2d(2, simulated_batch_size=8) for _ in range(3)))
+    SafeCheckpointer(other).load(str(tmp_path / "a.pth"))
+    (line,) = [m for m in caplog.messages if "window" in m]
+    assert "0.buffer_x2 does not fit a window of 4" in line and "in 3 layers" in line
+    caplog.clear()
+    other[0].load_state_dict(norms[0].state_dict())
+    assert caplog.messages == ["buffer_x2 does not fit a window of 4: the windows start empty"]
