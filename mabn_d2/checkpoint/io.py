@@ -154,10 +154,34 @@ def read_checkpoint(path: str | Path) -> Any:
                     f"{path} is refused, and nothing of it was run: it asks for {refused}, which "
                     "weights don't need; use a file from a source that you trust, of tensors only"
                 ) from error
+            other = _other_format(file)
+            if other:
+                raise CheckpointError(f"{path} is {other}") from error
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(
                 f"{path} is no whole checkpoint ({reason}): copy or download it again"
             ) from error
+
+
+def _other_format(file: IO[bytes]) -> str | None:
+    """Return what a file is that can't be read as a checkpoint, with the remedy; None if unknown."""
+    file.seek(0)
+    start = file.read(64)
+    if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < 2**27:  # length of the header
+        return 'a safetensors file: torch.save(safetensors.torch.load_file(FILE), "FILE.pth") converts it'
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS and not the file itself: run git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page: download the file itself"
+    if start.startswith(b"PK"):
+        # A damaged archive makes the reader raise anything.
+        with suppress(Exception), zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/constants.pkl") for name in names):
+                return "a TorchScript model: use the checkpoint that it was made from"
+            if names and all(name.endswith(".npy") for name in names):
+                return 'an archive of numpy: torch.save({"model": dict(numpy.load(FILE))}, "FILE.pth") converts it'
+    return None
 
 
 def _read(file: IO[bytes]) -> Any:

@@ -153,6 +153,25 @@ def test_empty_and_truncated(tmp_path):
                 read_checkpoint(path)
 
 
+def test_other_formats_are_named(tmp_path):
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    np.savez(tmp_path / "a.npz", w=np.ones(2))
+    torch.jit.script(torch.nn.ReLU()).save(tmp_path / "a.pt")
+    for content, message in (
+        (len(header).to_bytes(8, "little") + header + bytes(4), "a safetensors file: torch.save"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a pointer of Git LFS .*: run git lfs pull",
+        ),
+        (b"\n<!DOCTYPE html><html>", "a web page: download the file itself"),
+        ((tmp_path / "a.npz").read_bytes(), "an archive of numpy: torch.save"),
+        ((tmp_path / "a.pt").read_bytes(), "a TorchScript model: use the checkpoint"),
+    ):
+        (tmp_path / "a.pth").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"a.pth is {message}"):
+            read_checkpoint(tmp_path / "a.pth")
+
+
 @pytest.fixture
 def full_disk():
     """No file grows beyond 100 kB, as if the disk were full there."""
