@@ -40,9 +40,9 @@ def small_tiles(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(triton_plan, name, value)
     monkeypatch.setattr(triton_launch, "INTERPRETED_PROGRAMS", 6)
-    triton_plan.forget_plans()
+    triton_checks.forget_plans()
     yield
-    triton_plan.forget_plans()
+    triton_checks.forget_plans()
 
 
 def check_the_interpreter_itself():

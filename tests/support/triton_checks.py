@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mabn_d2.layers import MABN2d, SplitMABN2d
-from mabn_d2.layers.ops import torch_ops, triton_ops
+from mabn_d2.layers.ops import torch_ops, triton_ops, triton_plan
 from reference import assert_close
 
 FORMS = ["ordinary", "split"]
@@ -188,3 +188,9 @@ def check_no_gradient():
     (_NoGradient.apply(y).sum() + 0 * x.sum()).backward()
     assert weight.grad is None and bias.grad is None and not x.grad.any()
     assert torch.equal(psi_window, torch.ones(4, 3))
+
+
+def forget_plans():
+    """Forget the plans, which the constants of triton_plan have gone into."""
+    for name in ("layer_plan", "affine_plan", "combine_plan", "sums_plan"):
+        getattr(triton_plan, name).cache_clear()

@@ -296,9 +296,3 @@ def sums_plan(
     if not has_dy:
         constants["dy"] = None
     return SumsLaunch(kernels.sums, geometry, 1 + has_dy, constants)
-
-
-def forget_plans() -> None:
-    """Forget the plans, which the constants of this module have gone into."""
-    for plan in (layer_plan, affine_plan, combine_plan, sums_plan):
-        plan.cache_clear()

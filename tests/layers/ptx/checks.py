@@ -29,9 +29,9 @@ def small_tiles(monkeypatch):
     """Tiles so small that every loop turns more than once, and offsets of 64 bits."""
     for name, value in SMALL.items():
         monkeypatch.setattr(triton_plan, name, value)
-    triton_plan.forget_plans()
+    triton_checks.forget_plans()
     yield
-    triton_plan.forget_plans()
+    triton_checks.forget_plans()
 
 
 @every_form
@@ -84,7 +84,7 @@ def check_thread_without_context():
 
 def check_vector_accesses():
     """Aligned activations are read and written 16 bytes at a time."""
-    triton_plan.forget_plans()
+    triton_checks.forget_plans()
     for memory_format in FORMATS:
         for dtype in torch.float32, torch.float16:
             gpu.launches.clear()
