@@ -8,10 +8,12 @@ MICRO images and accumulates their gradients: MABN:8/2 takes one step for 8 imag
 xPROCESSES at the end, IMAGES is the images on each of several processes: BN:2x4 and naiveSyncBN:2x4
 see the same 8 images, in normalization batches of 2 and of 8. All rows have the iterations and the
 learning rate of the config, so a row with more images sees more of them. A finished run is not
-repeated; an interrupted run goes on from its last checkpoint; a run of another config is refused.
+repeated; an interrupted run goes on from its last checkpoint. A folder with runs of another config,
+of any row, is refused.
 
 Writes to --output: runs.csv (a line for each run), table.md (mean and standard deviation over the
-seeds), curves.png, predictions.png (of the first seed). The runs themselves are in runs/.
+seeds), curves.png, predictions.png (of the first seed). The runs themselves are in runs/. Tables and
+pictures show all finished runs of runs/, also those of an earlier call with other rows or seeds.
 """
 
 import argparse
@@ -37,7 +39,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--num-gpus", type=int, default=1, help="0: CPU even if there is a GPU")
-    parser.add_argument("--output", type=Path, default=Path("results/comparison"))
+    parser.add_argument("--output", type=Path, default=Path("output/comparison"), help="a folder")
     parser.add_argument("--set", dest="opts", nargs="+", default=[], metavar="KEY VALUE")
     return parser.parse_args(arguments)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
 from matplotlib.image import imread
 from tabulate import tabulate
 
@@ -63,11 +62,11 @@ def plot_curves(folders: Mapping[str, Sequence[str]], path: Path) -> None:
     save_figure(figure, path, dpi=90)
 
 
-def draw_predictions_of_rows(configs: Mapping[str, CfgNode], path: Path) -> None:
-    """Draw the predictions of one run of each row, one below the other."""
-    figure, axes = new_figure(len(configs), size=(8, 3.4 * len(configs)), squeeze=False)
-    for axis, (row, cfg) in zip(axes.flat, configs.items(), strict=True):
-        axis.imshow(imread(Path(cfg.OUTPUT_DIR) / "predictions.png"))
+def draw_predictions_of_rows(folders: Mapping[str, str], path: Path) -> None:
+    """Draw the predictions of {row: folder of a run}, one below the other."""
+    figure, axes = new_figure(len(folders), size=(8, 3.4 * len(folders)), squeeze=False)
+    for axis, (row, folder) in zip(axes.flat, folders.items(), strict=True):
+        axis.imshow(imread(Path(folder) / "predictions.png"))
         axis.set_title(row)
         axis.set_axis_off()
     save_figure(figure, path, dpi=60)

@@ -50,3 +50,17 @@ def parse_row(text: str) -> Row:
             f"or {row.norm}:{row.images}xPROCESSES"
         )
     return row
+
+
+def folder_of_row(row: str) -> str:
+    """Return the name of the folder of a row's runs."""
+    return row.replace(":", "_").replace("/", "_by_")
+
+
+def row_of_folder(name: str) -> str | None:
+    """Return the row whose runs are in a folder of this name; None if it is no such folder."""
+    match = re.fullmatch(r"(.+?)_(\d+)(?:_by_(\d+))?(x\d+)?", name)
+    if not match:
+        return None
+    norm, images, micro, processes = match.groups("")
+    return f"{norm}:{images}{micro and f'/{micro}'}{processes}"

@@ -14,12 +14,24 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 from ..checkpoint.io import atomic_file
-from ..engine import ConfigError, Trainer, check_data, one_line_errors, setup_config
+from ..engine import (
+    ConfigError,
+    Trainer,
+    check_data,
+    one_line_errors,
+    read_config,
+    setup_config,
+)
 from ..visualization import draw_predictions, read_metrics
-from .rows import parse_row
+from .rows import folder_of_row, parse_row, row_of_folder
 
-# The parts of the model whose norm a row sets.
+# The parts of the model whose norm a row sets, and those that only some architectures use.
 NODES = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+NODES_OF_ARCHITECTURE = {
+    "RetinaNet": ("RETINANET",),
+    "PanopticFPN": ("SEM_SEG_HEAD",),
+    "SemanticSegmentor": ("SEM_SEG_HEAD",),
+}
 METRICS = [(task, ap) for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
 
 
@@ -41,19 +53,20 @@ def make_config(args: Namespace, row: str, seed: int) -> CfgNode:
             f"--rows {row!r} needs {processes} GPUs on a machine with GPUs ({gpus} here): hide them "
             "(CUDA_VISIBLE_DEVICES=-1) to train on the CPU"
         )
-    folder = row.replace(":", "_").replace("/", "_by_")
+    architecture = read_config(str(args.config_file), args.opts).MODEL.META_ARCHITECTURE
+    nodes = (*NODES, *NODES_OF_ARCHITECTURE.get(architecture, ()))
     settings = {
         "SOLVER.IMS_PER_BATCH": images * processes,
         "SOLVER.ACCUMULATION_STEPS": micro_batches,
         "SEED": seed,
-        "OUTPUT_DIR": str(args.output / "runs" / folder / f"seed{seed}"),
-        **{f"MODEL.{node}.NORM": norm for node in NODES},
+        "OUTPUT_DIR": str(args.output / "runs" / folder_of_row(row) / f"seed{seed}"),
+        **{f"MODEL.{node}.NORM": norm for node in nodes},
     }
     return setup_config(
         Namespace(
             config_file=str(args.config_file),
             opts=[*args.opts, *(part for item in settings.items() for part in item)],
-            num_gpus=processes if processes > 1 else args.num_gpus,
+            num_gpus=processes if processes > 1 else min(args.num_gpus, 1),
             num_machines=1,
             resume=True,
             eval_only=False,
@@ -68,8 +81,19 @@ def check_same_config(cfg: CfgNode) -> None:
         old, new = yaml.safe_load(path.read_text()), yaml.safe_load(cfg.dump())
         if old | {"OUTPUT_DIR": ""} != new | {"OUTPUT_DIR": ""}:  # a folder may be moved
             raise ConfigError(
-                f"{path} is of another config: remove its folder, or name another --output"
+                f"{path} is of another config: remove its folder and runs.csv, or name another "
+                "--output"
             )
+
+
+def runs_there(output: Path) -> list[tuple[str, int]]:
+    """Return (row, seed) of the runs, finished or not, that the folder of a comparison has."""
+    runs = []
+    for path in sorted(output.glob("runs/*/seed*/config.yaml")):
+        row, seed = row_of_folder(path.parts[-3]), path.parts[-2].removeprefix("seed")
+        if row and seed.isdecimal():
+            runs.append((row, int(seed)))
+    return runs
 
 
 def result_file(cfg: CfgNode) -> Path:
@@ -98,7 +122,7 @@ def train(args: Namespace, row: str, seed: int) -> None:
     seconds = [record["time"] for record in read_metrics(cfg.OUTPUT_DIR) if "time" in record]
     result = {
         **{f"{task} {ap}": _average_precision(found, task, ap) for task, ap in METRICS},
-        "s/iteration": statistics.median(seconds),
+        "s/iteration": statistics.median(seconds or [math.nan]),
         "iterations": cfg.SOLVER.MAX_ITER,
         "device": cfg.MODEL.DEVICE,
         "torch": torch.__version__,

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +14,12 @@ import yaml
 from commands import run
 from mabn_d2.commands.compare_norms import CONFIG, main
 from mabn_d2.comparison import runs
-from mabn_d2.comparison.rows import parse_row
+from mabn_d2.comparison.rows import parse_row, row_of_folder
 from mabn_d2.comparison.runs import NODES, make_config
 from mabn_d2.config_files import get_config_file
 from mabn_d2.engine import Trainer
+from mabn_d2.engine.model_check import build_without_data
+from mabn_d2.layers import MABN2d
 
 SMALL = [
     "DATASETS.TRAIN",
@@ -55,9 +59,10 @@ def compare(output, *opts, rows=("MABN:2",), seeds=("0",)):
     )
 
 
-def test_rows_differ_in_norm_and_images_only():
+@pytest.mark.parametrize("num_gpus", [0, 4])  # of which a row of one process takes one
+def test_rows_differ_in_norm_and_images_only(num_gpus):
     args = SimpleNamespace(
-        config_file=get_config_file(CONFIG), opts=[], num_gpus=0, output=Path("output/test")
+        config_file=get_config_file(CONFIG), opts=[], num_gpus=num_gpus, output=Path("output/test")
     )
     two, large = (make_config(args, row, 1) for row in ("MABN:2", "BN:16"))
     for cfg, norm, images in ((two, "MABN", 2), (large, "BN", 16)):
@@ -71,6 +76,24 @@ def test_rows_differ_in_norm_and_images_only():
 
 
 @pytest.mark.parametrize(
+    "name, backbone",
+    [
+        ("retinanet_R50_FPN_mabn_2x.yaml", "build_retinanet_resnet_fpn_backbone"),
+        ("panoptic_fpn_R50_FPN_mabn_2x.yaml", "build_any_norm_resnet_fpn_backbone"),
+    ],
+)
+def test_no_norm_of_another_row_is_left_in_the_heads(name, backbone):
+    args = SimpleNamespace(
+        config_file=get_config_file(name),
+        opts=["MODEL.WEIGHTS", "", "MODEL.BACKBONE.NAME", backbone],
+        num_gpus=0,
+        output=Path("output/test"),
+    )
+    model = build_without_data(make_config(args, "BN:2", 0))
+    assert not any(isinstance(module, MABN2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
     "row, images, steps",
     [("MABN:8/2", 8, 4), ("GN:8/2", 8, 4), ("BN:8/8", 8, 1), ("MABN:8/1x2", 16, 8)],
 )
@@ -81,7 +104,8 @@ def test_rows_with_micro_batches(row, images, steps):
     cfg = make_config(args, row, 0)
     assert images == cfg.SOLVER.IMS_PER_BATCH and steps == cfg.SOLVER.ACCUMULATION_STEPS
     assert parse_row(row).processes == images // 8
-    assert Path(cfg.OUTPUT_DIR).parent.name == row.replace(":", "_").replace("/", "_by_")
+    folder = Path(cfg.OUTPUT_DIR).parent.name
+    assert folder == row.replace(":", "_").replace("/", "_by_") and row_of_folder(folder) == row
 
 
 def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
@@ -104,8 +128,22 @@ def test_runs_once_and_writes_everything(small_scenes, tmp_path, capsys):
 
     results = list((tmp_path / "runs").glob("*/*/result.json"))
     times = [path.stat().st_mtime_ns for path in results]
-    compare(tmp_path, rows=rows, seeds=seeds)
+    compare(tmp_path, rows=rows[1:])  # the runs that are not named stay in the table
     assert len(results) == 4 and times == [path.stat().st_mtime_ns for path in results]
+    with open(tmp_path / "runs.csv") as file:
+        again = list(csv.DictReader(file))
+    assert len(again) == 4 and all(line in lines for line in again)
+    assert sorted((tmp_path / "table.md").read_text().splitlines()) == sorted(table.splitlines())
+
+    before = (tmp_path / "runs.csv").read_bytes()
+    with pytest.raises(SystemExit, match="BN_4/seed0/config.yaml is of another config"):
+        compare(tmp_path, "SOLVER.MOMENTUM", "0.8", rows=("GN:2",))
+    shutil.rmtree(tmp_path / "runs/BN_4/seed1")
+    with pytest.raises(
+        SystemExit, match="runs.csv lists BN:4 with seed 1, but .*/runs has no such"
+    ):
+        compare(tmp_path, rows=("GN:2",))
+    assert (tmp_path / "runs.csv").read_bytes() == before
 
 
 class Killed(Trainer):
@@ -146,12 +184,13 @@ def test_row_of_several_processes(tmp_path):
     done = run(
         "compare_norms.py", "--num-gpus", 0, "--rows", "MABN:1x2", "--seeds", 5, "--output", tmp_path,
         "--set", "DATASETS.TRAIN", "('digit_scenes_train',)", "DATASETS.TEST", "('digit_scenes_val',)",
-        *SMALL[4:], "SOLVER.MAX_ITER", 3,
+        *SMALL[4:], "SOLVER.MAX_ITER", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/MABN_1x2/seed5"
     assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["IMS_PER_BATCH"] == 2
-    assert json.loads((folder / "result.json").read_text())["iterations"] == 3
+    result = json.loads((folder / "result.json").read_text())
+    assert result["iterations"] == 2 and math.isnan(result["s/iteration"])  # too short to be timed
     assert (tmp_path / "table.md").read_text().splitlines()[2].startswith("| MABN:1x2 ")
     log = (folder / "log.txt").read_text()
     assert "Rank of current process: 0. World size: 2" in log
