@@ -2,12 +2,18 @@
 
 import argparse
 import ast
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .models import ARCHS, norm_names
+from .models import ARCHS, WITHOUT_NORM_BATCH, build_classifier, norm_names
+
+# What the values of arguments must be.
+POSITIVE = "norm_batch simulated_batch batch_size epochs lr crop val_resize log_period".split()
+NOT_NEGATIVE = "epoch_iters warmup_epochs weight_decay workers seed checkpoint_period".split()
+SHARES = ("momentum", "label_smoothing")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,12 +88,77 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    for name in ("batch_size", "epochs", "crop", "val_resize", "log_period"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.test_only and not args.checkpoint:
-        parser.error("--test-only needs --checkpoint FILE")
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check everything that needs no data.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    for names, condition, allowed in (
+        (POSITIVE, lambda value: 0 < value < math.inf, "above 0"),
+        (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+        (SHARES, lambda value: 0 <= value <= 1, "from 0 to 1"),
+    ):
+        for name in names:
+            if not condition(value := getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: use a number {allowed}")
+    if args.warmup_epochs >= args.epochs:
+        raise ValueError(
+            f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: use less"
+        )
+    if args.test_only and not args.checkpoint:
+        raise ValueError("--test-only needs --checkpoint FILE")
+    # A test normalizes by the running statistics, whatever its batch is.
+    splits = args.norm not in WITHOUT_NORM_BATCH and not args.test_only
+    if splits and args.norm_batch > args.batch_size:
+        raise ValueError(
+            f"--norm-batch {args.norm_batch} is larger than --batch-size {args.batch_size}: use at most "
+            f"{args.batch_size}"
+        )
+    _check_device(args.device)
+    _check_norm(args)
+
+
+def _check_device(name: str) -> None:
+    """Raise ValueError if there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device cpu"
+        )
+
+
+def _check_norm(args: argparse.Namespace) -> None:
+    """Raise ValueError if --norm can't be built with its arguments."""
+    options = parse_norm_options(args.norm_option)
+    for name, own in (
+        ("batch_size", "--norm-batch"),
+        ("simulated_batch_size", "--simulated-batch"),
+    ):
+        if name in options:
+            raise ValueError(f"--norm-option {name}={options[name]}: use {own} {options[name]}")
+    try:
+        with torch.device("meta"):  # every architecture has the same layers
+            build_classifier(
+                "small", args.norm, args.norm_batch, args.simulated_batch, 2, **options
+            )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--norm {args.norm} with --norm-batch {args.norm_batch}, --simulated-batch "
+            f"{args.simulated_batch}, --norm-option {args.norm_option}: {error}"
+        ) from error
 
 
 def parse_norm_options(options: Sequence[str]) -> dict[str, Any]:

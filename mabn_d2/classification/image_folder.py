@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from ..data.seeding import mix
@@ -50,18 +51,43 @@ class Images(torch.utils.data.Dataset):
         bad: what happens to a file that can't be decoded. "error": an ImagesError. "next": the next
             readable image replaces it. "drop": the batch has one image less.
 
+    Attributes:
+        others: paths of files that are left out, because their ending is none of torchvision's.
+
     Raises:
-        ImagesError: if the folder is missing or has no classes, or if a class has no images.
+        ImagesError: if the folder is missing or has no classes, if a class has no images, or, with
+            `bad` "error", for a file of another ending.
     """
 
     def __init__(self, folder: Path, transform: Callable, bad: str):
         if not Path(folder).is_dir():
             raise ImagesError(f"there is no folder {folder}: --data needs train/ and val/")
+        self.others: list[str] = []
         try:
-            self.images = ImageFolder(folder)
+            self.images = ImageFolder(folder, is_valid_file=self._is_image)
         except FileNotFoundError as error:
-            raise ImagesError(f"{folder}: {error}: it needs <class>/<image> in it") from error
+            raise ImagesError(
+                f"{folder}: {str(error).rstrip('. ')}: it needs <class>/<image> in it, of the endings "
+                f"{' '.join(IMG_EXTENSIONS)}"
+            ) from error
+        if self.others and bad == "error":
+            raise ImagesError(self.said_of_others())
         self.transform, self.bad = transform, bad
+
+    def _is_image(self, path: str) -> bool:
+        """Return whether a file counts as an image, by its ending; note it if it does not."""
+        if path.lower().endswith(IMG_EXTENSIONS):
+            return True
+        if not Path(path).name.startswith("."):  # of the system, such as .DS_Store
+            self.others.append(path)
+        return False
+
+    def said_of_others(self) -> str:
+        """Return the line on the files that are left out."""
+        return (
+            f"{self.images.root}: {len(self.others)} files such as {self.others[0]} are left out: images "
+            f"need one of the endings {' '.join(IMG_EXTENSIONS)}; rename or convert them"
+        )
 
     @property
     def classes(self) -> list[str]:

@@ -21,6 +21,13 @@ ARCHS = {
 }
 
 
+# The norms that do not divide an input into normalization batches, and what they do instead.
+WITHOUT_NORM_BATCH = {
+    "gn": "GN (normalizes each image alone)",
+    "syncbn": "SyncBN (normalizes all images together)",
+}
+
+
 def norm_names() -> list[str]:
     """Return the norms that a classifier can have: three of torch's, and all of the norm table."""
     return sorted({"bn", "gn", "syncbn", *(name.lower() for name in NORMS)})

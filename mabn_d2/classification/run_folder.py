@@ -1,7 +1,6 @@
 """The output folder of a classifier's training: checks, checkpoints, logs."""
 
 import json
-import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..checkpoint.io import CheckpointError, atomic_file, read_checkpoint
+from ..checkpoint.io import CheckpointError, atomic_file, check_writable, read_checkpoint
 from ..checkpoint.state import unwrap
+from .arguments import parse_norm_options
 
 CHECKPOINT = "checkpoint.pth"
 
@@ -31,12 +31,13 @@ MAY_CHANGE = {
 
 
 def check_output(args: Namespace) -> None:
-    """Raise ValueError, before data is read, if --output can't be written to or holds a run."""
+    """Raise ValueError, before data is read, if --output can't be written to or holds a run.
+
+    The folder is not created: nothing is written before the data is checked.
+    """
     folder = Path(args.output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(folder)
     except OSError as error:
         raise ValueError(f"--output {folder} can't be written to: {error.strerror}") from error
     if args.resume == "no" and (folder / CHECKPOINT).exists():
@@ -51,13 +52,13 @@ def load_checkpoint(model: nn.Module, path: str | Path, args: Namespace) -> dict
     Args:
         model: gets the weights.
         path: of the file.
-        args: `arch` and `norm` of the command line.
+        args: `arch`, `norm`, `bgr255` and `norm_option` of the command line.
 
     Returns:
         Everything that the file holds.
 
     Raises:
-        CheckpointError: if the file is of another architecture or norm, or does not fit.
+        CheckpointError: if the file is of another architecture, norm, input or eps, or does not fit.
     """
     checkpoint = read_checkpoint(path)
     state, _ = unwrap(checkpoint)
@@ -65,6 +66,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, args: Namespace) -> dict
         saved = checkpoint.get(key)
         if isinstance(saved, str) and saved != getattr(args, key):
             raise CheckpointError(f"{path} is of --{key} {saved}, not {getattr(args, key)}")
+    _check_same_function(checkpoint.get("args"), path, args)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -74,6 +76,30 @@ def load_checkpoint(model: nn.Module, path: str | Path, args: Namespace) -> dict
             + " ".join(line.strip() for line in lines[1:4])[:400]
         ) from error
     return checkpoint
+
+
+def _check_same_function(saved: object, path: str | Path, args: Namespace) -> None:
+    """Raise CheckpointError if weights of a training would compute something else here.
+
+    Args:
+        saved: the arguments of that training; other files may have none.
+        path: of the file.
+        args: `bgr255` and `norm_option` of the command line.
+    """
+    if not isinstance(saved, Mapping) or not {"bgr255", "norm_option"} <= saved.keys():
+        return
+    if saved["bgr255"] != args.bgr255:
+        raise CheckpointError(
+            f"{path} was trained {'with' if saved['bgr255'] else 'without'} --bgr255: "
+            f"{'add' if saved['bgr255'] else 'leave out'} --bgr255"
+        )
+    # The other options of norms matter in the training only.
+    was, now = (parse_norm_options(o).get("eps") for o in (saved["norm_option"], args.norm_option))
+    if was != now:
+        raise CheckpointError(
+            f"{path} was trained with --norm-option eps={was or 'its default'}, not "
+            f"{now or 'its default'}: give the same"
+        )
 
 
 def check_class_names(checkpoint: Mapping, path: str | Path, classes: Sequence[str]) -> None:
@@ -108,8 +134,9 @@ def check_resume(checkpoint: Mapping, path: Path, settings: Mapping[str, object]
             "weights by --checkpoint, with another --output"
         )
     saved = checkpoint["args"]
+    names = {"processes": "processes", "train_images": "training images"}  # no arguments
     other = [
-        f"--{name.replace('_', '-')} {saved[name]}, not {value}"
+        f"{names.get(name, '--' + name.replace('_', '-'))} {saved[name]}, not {value}"
         for name, value in settings.items()
         if name not in MAY_CHANGE and name in saved and saved[name] != value
     ]
@@ -137,7 +164,7 @@ def save_checkpoint(
         optimizer: of the model.
         iteration: iterations that are done.
         result: of the last test.
-        settings: arguments of the command line and the number of processes.
+        settings: arguments of the command line, numbers of processes and of training images.
         classes: names of the classes, in the order of the model's outputs.
     """
     with atomic_file(folder / CHECKPOINT) as file:
@@ -164,6 +191,7 @@ class Log:
         if rank == 0:
             for partial in folder.glob(f".{CHECKPOINT}.*.partial"):  # of a run that was killed
                 partial.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
             self.path, self.writer = folder / "log.json", SummaryWriter(folder)
 
     def write(self, iteration: int, values: Mapping[str, object]) -> None:

@@ -76,6 +76,7 @@ def train_classifier(args: Namespace) -> dict:
             # Both splits are checked before anything is built.
             train, val = build_train_data(args), build_val_data(args)
             check_classes(train, val)
+            say_what_is_left_out(processes, train, val)
             model = build_model(args, len(val.classes), device)
             return Training(args, processes, device, model, train, val, stop).run()
         finally:
@@ -85,6 +86,7 @@ def train_classifier(args: Namespace) -> dict:
 def test_only(args: Namespace, processes: Processes, device: torch.device) -> dict:
     """Test the weights of --checkpoint; print and return the result."""
     val = build_val_data(args)
+    say_what_is_left_out(processes, val)
     model = build_model(args, len(val.classes), device)
     check_class_names(read_checkpoint(args.checkpoint), args.checkpoint, val.classes)
     loader = build_val_loader(val, args.batch_size, args.workers, *processes)
@@ -104,6 +106,13 @@ def build_val_data(args: Namespace) -> Images:
     """Return the test images."""
     transform = val_transform(args.crop, args.val_resize)
     return Images(Path(args.data) / "val", transform, "error" if args.strict else "drop")
+
+
+def say_what_is_left_out(processes: Processes, *parts: Images) -> None:
+    """Name files that are no images by their ending on stderr, once for all processes."""
+    for images in parts:
+        if images.others and processes.rank == 0:
+            print(images.said_of_others(), file=sys.stderr)
 
 
 def build_model(args: Namespace, num_classes: int, device: torch.device) -> nn.Module:
@@ -156,7 +165,8 @@ class Training:
         self.args, self.processes, self.device, self.model = args, processes, device, model
         self.val_loader = build_val_loader(val, args.batch_size, args.workers, *processes)
         self.stop, self.classes = stop, train.classes
-        self.settings = {**vars(args), "processes": processes.world_size}
+        numbers = {"processes": processes.world_size, "train_images": len(train)}
+        self.settings = {**vars(args), **numbers}
         self.folder = Path(args.output)
         self.optimizer = build_optimizer(args, model)
         self.params = list(model.parameters())

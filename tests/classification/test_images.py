@@ -22,6 +22,8 @@ from mabn_d2.classification.image_folder import (
     train_transform,
     val_transform,
 )
+from mabn_d2.classification.processes import Processes
+from mabn_d2.classification.training import say_what_is_left_out
 
 
 @pytest.fixture
@@ -101,6 +103,19 @@ def test_a_file_that_is_no_image_is_skipped_and_named(folder):
             list(build_val_loader(images(folder, "val", "error"), 8, workers))
         assert str(error.value).startswith(f"{path} can't be read (")
         assert str(error.value).endswith("): repair or remove it") and "\n" not in str(error.value)
+
+
+def test_files_of_other_endings_are_named(folder, capsys):
+    val = folder / "val"
+    assert not images(folder, "val").others
+    (val / "3/.DS_Store").touch()
+    path = sorted(val.rglob("*.png"))[0].rename(val / "3/photo.jfif")
+    found = images(folder, "val")
+    assert found.others == [str(path)] and len(found) == 48
+    say_what_is_left_out(Processes(0, 1), found)
+    assert f"{val}: 1 files such as {path} are left out: images need" in capsys.readouterr().err
+    with pytest.raises(ImagesError, match="photo.jfif are left out"):
+        images(folder, "val", "error")
 
 
 def test_an_image_too_large_to_decode_is_a_bad_one(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """tools/train_imagenet.py: exact tests, all norms, clear errors before data is read."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -154,15 +155,41 @@ def test_published_classifier_loads(tmp_path):
     "more, message",
     [
         (("--norm-batch", 3), "multiple of batch_size"),
+        (("--norm-batch", 16), "--norm-batch 16 is larger than --batch-size 8: use at most 8"),
         (("--norm-option", "warmup=3"), "argument '?warmup"),
+        (("--norm-option", "warmup"), "--norm-option takes NAME=VALUE"),
+        (("--norm-option", "batch_size=4"), "--norm-option batch_size=4: use --norm-batch 4"),
         (("--norm", "gn", "--norm-option", "eps=1"), "takes no settings"),
-        (("--test-only", "--checkpoint", "nothing.pth"), "can't read nothing.pth"),
-        (("--lr", 1e9, "--epoch-iters", 20), "not finite: lower --lr"),
+        (("--device", "gpu"), "--device gpu: use cpu or cuda"),
+        (("--device", "cuda:99"), "--device cuda:99, but torch sees "),
+        (("--label-smoothing", 2), "--label-smoothing 2.0: use a number from 0 to 1"),
+        (("--epoch-iters", -5), "--epoch-iters -5: use a number 0 or more"),
+        (("--checkpoint-period", -1), "--checkpoint-period -1: use"),
+        (("--lr", "nan"), "--lr nan: use a number above 0"),
+        (("--warmup-epochs", -1), "--warmup-epochs -1.0: use"),
+        (("--warmup-epochs", 2), "--warmup-epochs 2 leaves nothing of --epochs 2: use less"),
+        (("--test-only",), "--test-only needs --checkpoint FILE"),
     ],
 )
-def test_bad_arguments_are_named(data, tmp_path, more, message):
-    with pytest.raises((ValueError, TypeError, FloatingPointError), match=message):
-        train(data, tmp_path, *more)
+def test_bad_arguments_are_named(tmp_path, more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments("no data", tmp_path / "out", *more))
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more", [("--norm", "gn"), ("--norm", "syncbn"), ("--test-only", "--checkpoint", "file")]
+)
+def test_a_normalization_batch_that_does_not_matter(more):
+    parse_args(arguments("no data", "out", "--norm-batch", 16, *more))
+
+
+def test_errors_of_a_training(data, tmp_path):
+    with pytest.raises(ValueError, match="can't read nothing.pth"):
+        train(data, tmp_path, "--test-only", "--checkpoint", "nothing.pth")
+    with pytest.raises(FloatingPointError, match="not finite: lower --lr"):
+        train(data, tmp_path, "--lr", 1e9, "--epoch-iters", 20)
 
 
 def test_errors_before_data_is_read(tmp_path, monkeypatch):
@@ -172,9 +199,25 @@ def test_errors_before_data_is_read(tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pth").touch()
     with pytest.raises(ValueError, match="holds a run: add --resume auto"):
         train("no data", tmp_path)
+    with pytest.raises(ImagesError, match="there is no folder no data/train"):
+        train("no data", tmp_path / "other")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="syncbn over several processes needs GPUs"):
         train("no data", tmp_path / "other", "--norm", "syncbn")
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_that_would_compute_something_else(data, tmp_path):
+    once = ("--epochs", 1, "--epoch-iters", 1)
+    train(data, tmp_path, *once, "--norm-option", "warmup_iters=7")
+    test = ("--test-only", "--checkpoint", tmp_path / "checkpoint.pth")
+    assert train(data, tmp_path, *test)["images"] > 0  # warmup_iters matters in a training only
+    with pytest.raises(CheckpointError, match="trained without --bgr255: leave out --bgr255"):
+        train(data, tmp_path, *test, "--bgr255")
+    message = "with --norm-option eps=its default, not 0.5: give the same"
+    for more in (test, (*once, "--output", tmp_path / "new", *test[1:])):
+        with pytest.raises(CheckpointError, match=message):
+            train(data, tmp_path, *more, "--norm-option", "eps=0.5")
 
 
 def test_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path):
@@ -187,6 +230,9 @@ def test_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             train(data, tmp_path, *more, "--resume", "auto")
+    (make_data(tmp_path) / "train/9/more.png").write_bytes(b"")  # the order would be another one
+    with pytest.raises(CheckpointError, match="a run with training images 64, not 65: go on"):
+        train(tmp_path / "crops", tmp_path, "--epochs", 1, "--resume", "auto")
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     torch.save(load(tmp_path)["model"], tmp_path / "checkpoint.pth")
     with pytest.raises(
