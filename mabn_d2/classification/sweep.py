@@ -20,6 +20,7 @@ from ..checkpoint.io import atomic_file
 from ..engine.code_version import commit
 from .arguments import parse_args
 from .digit_crops import make_digit_crops
+from .models import WITHOUT_NORM_BATCH
 from .sweep_report import draw, table
 from .training import train_classifier
 
@@ -65,7 +66,6 @@ def run_sweep(args: Namespace) -> list[str]:
     Raises:
         ValueError: if `output` has runs with other settings, or there are none to draw.
     """
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "sweep.csv"
     rows = read_rows(path)
     failed = [] if args.draw_only else train_missing(args, rows, path)
@@ -110,16 +110,34 @@ def missing_runs(args: Namespace, rows: Sequence[dict[str, str]], path: Path) ->
     Raises:
         ValueError: if a run is there with other settings.
     """
-    done = {(row["norm"], row["norm_batch"], row["seed"]): row["settings"] for row in rows}
-    runs: list[RunArguments] = []
+    for row in rows:
+        if row["settings"] != " ".join(settings(args, row["norm"])):
+            raise ValueError(
+                f"{path} has {row['norm']} {row['norm_batch']} of other settings: name another --output"
+            )
+    done = {run_key(row["norm"], int(row["norm_batch"]), int(row["seed"])) for row in rows}
+    runs: dict[tuple[str, int, int], RunArguments] = {}
     for seed, size, norm in itertools.product(args.seeds, args.sizes, args.norms):
-        arguments = settings(args, norm)
-        known = done.get((norm, str(size), str(seed)))
-        if known is None and (norm != "gn" or size == args.sizes[0]):
-            runs.append((arguments, args.runs, norm, size, seed))
-        elif known not in (None, " ".join(arguments)):
-            raise ValueError(f"{path} has {norm} {size} of other settings: name another --output")
-    return runs
+        key = run_key(norm, size, seed)
+        if key not in done and key not in runs:
+            runs[key] = (settings(args, norm), args.runs, norm, size, seed)
+            training_args(*runs[key])  # checked before anything is trained
+    return list(runs.values())
+
+
+def run_key(norm: str, size: int, seed: int) -> tuple[str, int, int]:
+    """Return what tells a run from others: the size does not matter to some norms."""
+    return norm, 0 if norm in WITHOUT_NORM_BATCH else size, seed
+
+
+def training_args(
+    arguments: Sequence[str], runs: Path, norm: str, size: int, seed: int
+) -> Namespace:
+    """Return the checked arguments of one training; see `train`."""
+    # Runs of other settings have other folders.
+    folder = runs / f"{norm}_{size}_seed{seed}_{zlib.crc32(' '.join(arguments).encode()):08x}"
+    own = f"--norm {norm} --norm-batch {size} --seed {seed} --resume auto".split()
+    return parse_args([*arguments, "--output", str(folder), *own])
 
 
 def train(
@@ -144,12 +162,9 @@ def train(
     """
     if threads:
         torch.set_num_threads(threads)
-    # Runs of other settings have other folders.
-    folder = runs / f"{norm}_{size}_seed{seed}_{zlib.crc32(' '.join(arguments).encode()):08x}"
-    resumed = (folder / "checkpoint.pth").exists()
+    args = training_args(arguments, runs, norm, size, seed)
+    resumed = (Path(args.output) / "checkpoint.pth").exists()
     start = time.perf_counter()
-    own = f"--norm {norm} --norm-batch {size} --seed {seed} --resume auto".split()
-    args = parse_args([*arguments, "--output", str(folder), *own])
     result = train_classifier(args)
     # The time of the first part of a resumed run is not known.
     minutes = "" if resumed else f"{(time.perf_counter() - start) / 60:.2f}"
@@ -161,9 +176,10 @@ def train(
 
 def train_missing(args: Namespace, rows: list[dict[str, str]], path: Path) -> list[str]:
     """Train what `rows` lacks; add each row and write it to `path`; return what failed."""
+    runs = missing_runs(args, rows, path)
     if args.data is None:
         make_digit_crops(DIGITS_FOLDER)
-    runs = missing_runs(args, rows, path)
+    args.output.mkdir(parents=True, exist_ok=True)
     total = len(runs)
     cores = os.cpu_count() or 1
     jobs = max(1, min(args.jobs or (1 if args.data else cores), total))

@@ -9,7 +9,7 @@ from matplotlib.ticker import ScalarFormatter
 from tabulate import tabulate
 
 from ..visualization import new_figure, save_figure
-from .models import norm_names
+from .models import WITHOUT_NORM_BATCH, norm_names
 
 # Top-1 error, %, ImageNet, ResNet-50 (the paper's table).
 PUBLISHED = {("bn", 32): 23.41, ("bn", 2): 35.22, ("brn", 2): 30.29, ("mabn", 2): 23.67}
@@ -19,11 +19,11 @@ Rows = Sequence[Mapping[str, str]]
 def summary(rows: Rows) -> dict[str, dict[int, tuple[float, float, int]]]:
     """Return {norm: {normalization batch: (mean, sample standard deviation, seeds)}} of the errors.
 
-    GroupNorm has no normalization batch; its key is 0.
+    A norm without normalization batch, such as GroupNorm, has the key 0.
     """
     errors: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        size = 0 if row["norm"] == "gn" else int(row["norm_batch"])
+        size = 0 if row["norm"] in WITHOUT_NORM_BATCH else int(row["norm_batch"])
         errors.setdefault(row["norm"], {}).setdefault(size, []).append(float(row["top1_error"]))
     return {
         norm: {
@@ -43,8 +43,8 @@ def table(rows: Rows) -> str:
         cells = {
             s: f"{mean:.1f}" + f" ± {std:.1f}" * (n > 1) for s, (mean, std, n) in points.items()
         }
-        if norm == "gn":
-            lines.append(["GN (no normalization batch)", cells[0]])
+        if norm in WITHOUT_NORM_BATCH:
+            lines.append([WITHOUT_NORM_BATCH[norm], cells[0]])
         else:
             lines.append([norm.upper(), *(cells.get(size) for size in sizes)])
     return tabulate(lines, ["normalization batch", *sizes], "github", disable_numparse=True)
@@ -56,11 +56,13 @@ def draw(rows: Rows, path: Path, title: str) -> None:
     colours = dict(zip(norm_names(), matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]))
     sizes = sorted({int(row["norm_batch"]) for row in rows})
     for norm, points in sorted(summary(rows).items()):
-        if norm == "gn":
+        if norm in WITHOUT_NORM_BATCH:
             points = dict.fromkeys(sizes, points[0])
         mean, std, seeds = zip(*points.values())
         x, label = list(points), f"{norm.upper()} ({min(seeds)} seeds)"
-        axes.plot(x, mean, "--" if norm == "gn" else "o-", color=colours[norm], label=label)
+        axes.plot(
+            x, mean, "--" if norm in WITHOUT_NORM_BATCH else "o-", color=colours[norm], label=label
+        )
         low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colours[norm], alpha=0.2)
     for norm in sorted({norm for norm, _ in PUBLISHED}):

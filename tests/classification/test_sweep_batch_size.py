@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
 from classifying import ENVIRONMENT, make_data
-from mabn_d2.classification.sweep import read_rows
+from mabn_d2.classification.sweep import missing_runs, read_rows, training_args
 from mabn_d2.classification.sweep_report import table
 from paths import ROOT
 
@@ -79,14 +81,46 @@ def test_runs_once_and_draws(folder):
     assert read(folder)[0] == text
 
 
+def test_no_run_is_made_twice_and_settings_are_not_mixed():
+    def missing(rest, seeds, norms, rows=()):
+        args = Namespace(
+            data="crops", sizes=[8, 2, 8], seeds=seeds, norms=norms, rest=rest, runs=Path("runs")
+        )
+        return missing_runs(args, rows, Path("sweep.csv"))
+
+    runs = missing(SMALL, [0], ["gn", "syncbn", "mabn"])
+    assert [run[2:] for run in runs] == [
+        ("gn", 8, 0),
+        ("syncbn", 8, 0),
+        ("mabn", 8, 0),
+        ("mabn", 2, 0),
+    ]
+    done = {
+        "norm": "gn",
+        "norm_batch": "2",
+        "seed": "0",
+        "settings": f"--data crops {' '.join(SMALL)}",
+    }
+    assert not missing(SMALL, [0], ["gn"], [done])
+    for norms in (["gn"], ["mabn"]):
+        with pytest.raises(ValueError, match="sweep.csv has gn 2 of other settings"):
+            missing([*SMALL, "--epochs", "2"], [1], norms, [done])
+    with pytest.raises(SystemExit):  # no batch of 8 can be made of 4 images
+        missing([*SMALL, "--batch-size", "4"], [0], ["mabn"])
+
+
 def test_a_failed_run_loses_no_other(folder):
-    """48 has no window of 32: its run fails, and the next sweep repeats only that one."""
-    sizes = ("--sizes", "48", "2", "--seeds", "0", "--jobs", "1", "--norms", "mabn", "bn")
+    """A file is in the place of its folder; the next sweep would repeat only that run."""
+    sizes = ("--sizes", "2", "--seeds", "0", "--jobs", "1", "--norms", "mabn", "bn")
+    runs = folder / "results/batch_size_crops/runs"
+    runs.mkdir(parents=True)
+    place = training_args(["--data", "crops", *SMALL], runs, "mabn", 2, 0).output
+    Path(place).touch()
     code, _, errors = sweep(folder, sizes=sizes)
-    assert code == 1 and "1 runs failed" in errors and "mabn 48 seed 0: " in errors
+    assert code == 1 and "1 runs failed" in errors and "mabn 2 seed 0: --output" in errors
     assert "Traceback" not in errors
     found = [(row["norm"], row["norm_batch"]) for row in read(folder)[1]]
-    assert found == [("bn", "48"), ("mabn", "2"), ("bn", "2")]
+    assert found == [("bn", "2")]
 
 
 def test_a_stopped_sweep_goes_on(folder):
@@ -113,6 +147,6 @@ def test_a_stopped_sweep_goes_on(folder):
 
 def test_committed_table_is_that_of_the_runs():
     text = table(read_rows(COMMITTED))
-    assert text.splitlines()[2].split("|")[1:3] == [" BN                          ", " 51.4 ± 0.4 "]
+    assert text.splitlines()[2].split("|")[1:3] == [f" {'BN':32} ", " 51.4 ± 0.4 "]
     assert text in (ROOT / "docs/classification.md").read_text()
     assert (COMMITTED.parent / "table.md").read_text() == f"{text}\n"
