@@ -61,13 +61,13 @@ run() {
             MABN_D2_TRITON=0 "${benchmark[@]}" step --device cuda --norms bn,mabn --dtype fp32,fp16 --batch 2 --size 800 \
                 --output "$out/step_torch.json"
             ;;
-        *)
-            echo "gpu_check.sh: no step $1; the steps are ${steps[*]}" >&2
-            return 64
-            ;;
     esac
 }
 
+for step in "$@"; do
+    [[ " ${steps[*]} " == *" $step "* ]] ||
+        { echo "gpu_check.sh: no step $step; the steps are ${steps[*]}" >&2; exit 64; }
+done
 if (($#)); then steps=("$@"); fi
 if [[ $dry ]]; then
     declare -f run | sed '1,3d;$d'

@@ -21,6 +21,7 @@ the same name is written beside the JSON file.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from ..benchmark.layer_cases import DTYPES, FORMATS, R50_FPN
 from ..benchmark.measure import CLOCKS
 from ..benchmark.norms import DETECTORS, STEPS, choose_norms, known_norms
 from ..benchmark.run import CASES, run_benchmark
+from ..checkpoint.io import check_writable
+from ..engine import one_line_errors
 
 
 def listed(convert: Callable, text: str) -> list:
@@ -49,7 +52,10 @@ def shapes(text: str) -> Sequence[tuple[int, ...]]:
     """Parse shapes such as 2x64x128x128,2x256x64x64."""
     if text == "r50_fpn":
         return R50_FPN
-    return [tuple(int(size) for size in part.split("x")) for part in text.split(",")]
+    found = [tuple(int(size) for size in part.split("x")) for part in text.split(",")]
+    if any(len(shape) != 4 or min(shape) < 1 for shape in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of NxCxHxW: 2x64x128x128,...")
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,11 +114,30 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError("torch sees no CUDA device")
         if args.rounds < 2:
             raise ValueError("quartiles need two rounds")
+        for name in ("threads", "depth", "batch", "size", "accumulation"):
+            value = getattr(args, name)
+            if min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"--{name} {value}: use numbers above 0")
+        if not 0 <= args.round_seconds < math.inf:
+            raise ValueError(f"--round-seconds {args.round_seconds}: use a number 0 or more")
+        if args.output:
+            _check_output(args.output)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
+def _check_output(path: Path) -> None:
+    """Raise ValueError, before hours of measuring, if the report can't be written."""
+    if path.is_dir() or path.suffix == ".png":
+        raise ValueError(f"--output {path}: name a JSON file; the picture beside it is a PNG file")
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise ValueError(f"--output {path} can't be written: {error.strerror}") from error
+
+
+@one_line_errors(OSError, ValueError)
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark that the command line names."""
+    """Run the benchmark that the command line names; an error of the user's is one line."""
     run_benchmark(parse_args(arguments))

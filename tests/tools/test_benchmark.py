@@ -1,15 +1,18 @@
 """tools/benchmark.py runs small and writes what it promises; no time is asserted."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from mabn_d2.benchmark import measure
 from mabn_d2.benchmark.run import run_benchmark
-from mabn_d2.commands.benchmark import parse_args
+from mabn_d2.commands.benchmark import main, parse_args
 from mabn_d2.layers import MABN2d
 from mabn_d2.layers.naive import NaiveMABN2d
+from paths import ROOT
 from reference import assert_close
 
 FAST = ["--rounds", "2", "--round-seconds", "0", "--threads", "1"]
@@ -70,12 +73,41 @@ def test_detector():
         (["step", "--norms", "in"], "norm 'in' is not available on cpu: bn, gn, ln, mabn, brn are"),
         (["layer", "--dtype", "fp8"], "'fp8' is none of fp32, bf16, fp16"),
         (["layer", "--clock", "cuda"], "--clock cuda goes with --device cuda"),
+        (["layer", "--threads", "1,0"], "--threads [1, 0]: use numbers above 0"),
+        (["layer", "--depth", "0"], "--depth [0]: use numbers above 0"),
+        (["step", "--batch", "0"], "--batch 0: use numbers above 0"),
+        (["accumulation", "--accumulation", "0"], "--accumulation 0: use numbers above 0"),
+        (["layer", "--shapes", "2x8x4"], "'2x8x4' is no list of NxCxHxW"),
+        (["layer", "--round-seconds", "nan"], "--round-seconds nan: use a number 0 or more"),
+        (["layer", "--output", "bm.png"], "--output bm.png: name a JSON file"),
+        (["layer", "--output", "."], "--output .: name a JSON file"),
+        (
+            ["layer", "--output", "file/bm.json"],
+            "--output file/bm.json can't be written: Not a dir",
+        ),
     ],
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(SystemExit):
         parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_an_error_while_measuring_is_one_line():
+    with pytest.raises(SystemExit, match=r"num_channels \(48\) must be divisible"):
+        main(["layer", *FAST, "--norms", "gn", "--shapes", "1x48x2x2"])
+
+
+def test_gpu_check_knows_its_steps():
+    def check(*arguments):
+        command = ["bash", ROOT / "tools/gpu_check.sh", "-n", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert "memcheck" in check("memcheck").stdout
+    done = check("tests", "nosuch")
+    assert done.returncode == 64 and done.stderr.startswith("gpu_check.sh: no step nosuch; the")
 
 
 def test_measure_takes_turns():
