@@ -19,7 +19,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = default_argument_parser()
     parser.set_defaults(config_file=get_config_file(CONFIG))
     parser.set_defaults(resume=True)  # a second call goes on with the first, or draws it again
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.eval_only or args.num_gpus > 1 or args.num_machines > 1:
+        parser.error(
+            "the demo trains in one process: use tools/train_net.py for --eval-only, several GPUs or "
+            "machines"
+        )
+    return args
 
 
 @one_line_errors()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from commands import CONFIG, SMALL, exit_line, lines, train
 from mabn_d2.checkpoint import write_checkpoint
+from mabn_d2.commands import demo
 from mabn_d2.engine import read_config
 from paths import ROOT
 
@@ -77,6 +78,13 @@ def test_bad_config_of_other_tools(tmp_path, monkeypatch):
     ):
         assert "SOLVER.FOO" in exit_line(monkeypatch, tool, *arguments)
         assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--eval-only"], ["--num-machines", "2"], ["--num-gpus", "2"]])
+def test_flags_that_the_demo_would_ignore(flags, capsys):
+    with pytest.raises(SystemExit):
+        demo.parse_args(flags)
+    assert "the demo trains in one process: use tools/train_net.py" in capsys.readouterr().err
 
 
 def test_real_process_and_its_traceback(tmp_path, monkeypatch):
