@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batches import micro_batches
 from ..data.seeding import mix
-from ..layers import MABN2d
+from ..layers import BatchRenorm2d, MABN2d
 from .errors import DivergedError
 from .resume import parameter_names, with_current_settings
 
@@ -64,7 +64,7 @@ class GuardedTrainer(SimpleTrainer):
       are counted, and the others are not.
     - With `amp`, forwards run in float16 on CUDA, under a GradScaler, and elsewhere in bfloat16, which
       needs none. MABN's gradient windows hold statistics of scaled gradients, so they are rescaled
-      when the scale changes.
+      when the scale changes, in a run or between a checkpoint and the run that resumes it.
 
     Args:
         model: the module, or the GuardedDDP around it.
@@ -94,6 +94,7 @@ class GuardedTrainer(SimpleTrainer):
         self.accumulation_steps, self.seed = accumulation_steps, seed
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.norms = [module for module in model.modules() if isinstance(module, MABN2d)]
+        self.window_scale = 1.0  # the loss scale of what is in their gradient windows
         self.rejected = self.rejected_in_a_row = self.bad_images = 0
         device = self.params[0].device.type
         self.grad_scaler = torch.amp.GradScaler(device, enabled=amp and device == "cuda")
@@ -109,6 +110,7 @@ class GuardedTrainer(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        self._rescale_windows()  # a run that is resumed may have another scale
         self.bad_images += sum(len(record.get("bad_images", ())) for record in data)
         losses = self._accumulate_gradients(data)
         self.after_backward()
@@ -122,10 +124,9 @@ class GuardedTrainer(SimpleTrainer):
         else:
             self._reject(losses)
         if self.grad_scaler.is_enabled():
-            scale = self.grad_scaler.get_scale()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-            self._rescale(self.grad_scaler.get_scale() / scale)
+            self._rescale_windows()
         elif self.rejected_in_a_row == 0:
             self.optimizer.step()
         storage = get_event_storage()
@@ -173,9 +174,24 @@ class GuardedTrainer(SimpleTrainer):
                 "same of optimizer and lr_multiplier)"
             )
 
-    def _rescale(self, factor: float) -> None:
-        if factor != 1 and self.norms:
+    def _rescale_windows(self) -> None:
+        scale = self.grad_scaler.get_scale()
+        if scale != self.window_scale and self.norms:
+            factor = scale / self.window_scale
             torch._foreach_mul_([norm.buffer_gz for norm in self.norms], factor)
+        self.window_scale = scale
+
+    def start_norm_schedules(self) -> None:
+        """Let the schedules of MABN and BRN begin with this run, which resumes no other one.
+
+        Weights may bring the windows and the counter of the run that they are from: the warm-up and
+        the clipping of this run's config would be over before it starts. Running statistics stay.
+        """
+        for norm in self.norms:
+            norm.reset_windows()
+        for module in self._bare_model().modules():
+            if isinstance(module, BatchRenorm2d):
+                module.num_batches_tracked.zero_()
 
     def _bare_model(self) -> torch.nn.Module:
         model: torch.nn.Module = self.model
@@ -203,6 +219,7 @@ class GuardedTrainer(SimpleTrainer):
         # Absent in a checkpoint of another trainer, empty in that of a run without a scaler.
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.window_scale = (state_dict.get("grad_scaler") or {}).get("scale", 1.0)
         self.rejected = state_dict.get("rejected", 0)
         if state_dict.get(LOSS_NORMALIZER) is not None:
             setattr(self._bare_model(), LOSS_NORMALIZER, state_dict[LOSS_NORMALIZER])

@@ -116,6 +116,8 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         start = trainer.iter + 1
         warn_if_finished(start, cfg.train.max_iter, "train.max_iter")
         restore_rank_states(bare, checkpointer.loaded)
+    else:
+        trainer.start_norm_schedules()
     checkpointer.loaded = {}
     if checkpointer.needs_recalibration:
         recalibrate_converted(model, MicroBatches(build_train_loader(cfg, steps), steps))

@@ -133,6 +133,8 @@ class Trainer(DefaultTrainer):
         self._output_is_ours = True
         self.checkpointer.before_resume = self._check_same_run
         super().resume_or_load(resume)
+        if not (resume and self.checkpointer.has_checkpoint()):
+            self._trainer.start_norm_schedules()
         if self.start_iter > 0:
             log_changes(self._changes, self.start_iter)
             warn_if_finished(self.start_iter, self.max_iter)

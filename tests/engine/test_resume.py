@@ -98,6 +98,51 @@ def test_another_optimizer_without_a_config_in_the_checkpoint(begun, tmp_path):
         resumed(begun)
 
 
+@pytest.mark.parametrize("scale, then", [(2.0**14, None), (None, 2.0**14)])
+def test_another_loss_scale(digits_cfg, tmp_path, scale, then):
+    """The gradient windows hold scaled statistics: a run with another scale goes on as it would have."""
+    digits_cfg.DATASETS.TEST = ()
+    digits_cfg.MODEL.MABN.SIMULATED_BATCH_SIZE, digits_cfg.MODEL.MABN.WARMUP_ITERS = 4, 1
+    digits_cfg.MODEL.FPN.OUT_CHANNELS = digits_cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 8
+    trainers = []
+    for name, parts in (("plain", {3: None}), ("scaled", {2: scale, 3: then})):
+        digits_cfg.OUTPUT_DIR = str(tmp_path / name)
+        torch.manual_seed(0)
+        for max_iter, of_part in parts.items():
+            trainer = Trainer(digits_cfg)
+            if of_part:
+                trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", of_part)
+            trainer.resume_or_load(resume=True)
+            trainer.max_iter = max_iter
+            trainer.train()
+        trainers.append(trainer)
+    norms = [[m for m in t.model.modules() if isinstance(m, MABN2d)] for t in trainers]
+    for ours, theirs in zip(*norms, strict=True):
+        psi = theirs.buffer_gz / (then or 1)
+        torch.testing.assert_close(psi, ours.buffer_gz, rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(*(t.model.parameters() for t in trainers), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-5)
+
+
+def test_a_new_run_has_its_own_schedule(begun, tmp_path):
+    """The counters and windows in the weights that it starts from are those of another run."""
+    begun.MODEL.FPN.NORM = "BRN"
+    begun.OUTPUT_DIR = str(tmp_path / "first")
+    Trainer(begun).train()
+    begun.MODEL.WEIGHTS, begun.OUTPUT_DIR = f"{tmp_path}/first/model_final.pth", f"{tmp_path}/new"
+    saved = torch.load(begun.MODEL.WEIGHTS, weights_only=False)["model"]
+    trainer = Trainer(begun)
+    trainer.resume_or_load(resume=False)
+    counters = 0
+    for name, value in trainer.model.state_dict().items():
+        if name.endswith((".buffer_x2", ".buffer_gz", ".iters", ".num_batches_tracked")):
+            assert saved[name].any() and not value.any(), name
+            counters += value.numel() == 1
+        else:
+            assert torch.equal(value, saved[name]), name
+    assert counters == 24
+
+
 def test_past_the_end(begun, caplog):
     begun.SOLVER.MAX_ITER = 2
     trainer = resumed(begun)
