@@ -1,11 +1,13 @@
-"""Detectron2's optimizer, with this package's norms treated as norms."""
+"""Detectron2's optimizer, with this package's norms treated as norms, and its schedule to the end."""
 
 from typing import Any
 
 import detectron2.solver.build
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from .modeling.norm_table import norm_layers
@@ -113,3 +115,33 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer.register_step_pre_hook(clip_full_model)
         return optimizer
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+class UntilTheEnd(ParamScheduler):
+    """A schedule that keeps its last value at and after the end of the training.
+
+    Detectron2 asks for the rate behind the last iteration too, and at more than 1 where a run has more
+    iterations than its new length. fvcore's schedules in steps have no value there.
+
+    Args:
+        schedule: of the share of the training that is done.
+    """
+
+    LAST = 1 - 2 * ParamScheduler.WHERE_EPSILON
+
+    def __init__(self, schedule: ParamScheduler) -> None:
+        self.schedule = schedule
+
+    def __call__(self, where: float) -> float:
+        """Return the value of the schedule, where `where` is the share that is done."""
+        return self.schedule(min(where, self.LAST))
+
+
+def build_lr_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """`detectron2.solver.build_lr_scheduler`, with a value `UntilTheEnd`."""
+    scheduler = detectron2.solver.build.build_lr_scheduler(cfg, optimizer)
+    if isinstance(scheduler, LRMultiplier):
+        scheduler._multiplier = UntilTheEnd(scheduler._multiplier)
+    return scheduler

@@ -20,6 +20,7 @@ from ..data.requirements import DataRequirements
 from ..data.workers import guard_workers
 from ..modeling.norm import check_paired
 from ..modeling.norm_table import configure_norms_by_name, scale_norm_schedules
+from ..solver import UntilTheEnd
 from ..surgery.fuse_relu import fuse_relu
 from .data_check import check_lazy_data
 from .errors import ConfigError, one_line_errors
@@ -133,7 +134,7 @@ def _build_hooks(
     rank_states = KeepRankStates(bare, checkpointer, cfg.train.checkpointer.period)
     chosen = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.LRScheduler(scheduler=UntilTheEnd(instantiate(cfg.lr_multiplier))),
         rank_states,
         *_evaluation_hooks(cfg, bare, trainer, checkpointer, rank_states),
         StopOnSignal(checkpointer, rank_states),

@@ -11,8 +11,8 @@ Keys that a config leaves to this module have the value AUTO (-1):
 | MODEL.MABN.WARMUP_ITERS | 15 % of MAX_ITER, at most 600 |
 | MODEL.MABN.CLIP_START | 30 % of MAX_ITER, at most 1200 |
 
-STEPS that are left empty are 2/3 and 8/9 of MAX_ITER, as in the published schedule, if
-LR_SCHEDULER_NAME uses them. The shares and bounds of MABN are those of the demo (2,800 iterations) and
+If MAX_ITER is AUTO, STEPS that are left empty are 2/3 and 8/9 of it, as in the published schedule, where
+LR_SCHEDULER_NAME uses them; with a number there the rate is not decayed. The shares and bounds of MABN are those of the demo (2,800 iterations) and
 of the comparison (docs/comparison.md). The published 100 and 1,000 are for 90,000 iterations and more; in a
 short training the weights still move fast at that time, and the windows lag behind them.
 """
@@ -101,7 +101,8 @@ def _choose_schedule(cfg: CfgNode, num_images: int | None) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}: give a whole number above 0"
         )
-    if solver.MAX_ITER == AUTO:
+    automatic = solver.MAX_ITER == AUTO
+    if automatic:
         if solver.EPOCHS < 1:
             raise ConfigError(
                 f"SOLVER.MAX_ITER is {AUTO} (automatic) and SOLVER.EPOCHS is {solver.EPOCHS}: give one"
@@ -121,8 +122,9 @@ def _choose_schedule(cfg: CfgNode, num_images: int | None) -> None:
                 f"{solver.LR_FOR_16_IMAGES}: give one"
             )
         solver.BASE_LR = solver.LR_FOR_16_IMAGES * solver.IMS_PER_BATCH / 16
-    if not solver.STEPS and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        solver.STEPS = (length * 2 // 3, length * 8 // 9)
+    if automatic and not solver.STEPS and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        # Rising and above 0 in the shortest training too.
+        solver.STEPS = tuple(sorted({length * 2 // 3, length * 8 // 9} - {0}))
     for node, key, value in (
         (solver, "WARMUP_ITERS", min(length // 10, 500)),
         (solver, "CHECKPOINT_PERIOD", max(length // 20, 1)),
@@ -140,9 +142,13 @@ def log_schedule(cfg: CfgNode) -> None:
     micro = (
         "" if solver.ACCUMULATION_STEPS == 1 else f" ({solver.ACCUMULATION_STEPS} micro-batches)"
     )
+    decay = ""
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        steps = ", ".join(str(step) for step in solver.STEPS if step < solver.MAX_ITER)
+        decay = f" and times {solver.GAMMA:g} after {steps}" if steps else " and no decay"
     logging.getLogger(__name__).info(
         f"Training for {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{micro}, learning "
-        f"rate {solver.BASE_LR:g} after {solver.WARMUP_ITERS} iterations, MABN's averages from "
+        f"rate {solver.BASE_LR:g} after {solver.WARMUP_ITERS} iterations{decay}, MABN's averages from "
         f"{mabn.WARMUP_ITERS} and clipping from {mabn.CLIP_START} on, starting from "
         f"{cfg.MODEL.WEIGHTS or 'random weights'}"
     )

@@ -24,7 +24,7 @@ from ..checkpoint.description import CONFIG, describe
 from ..data.batches import MicroBatches
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm_table import norm_settings
-from ..solver import build_optimizer
+from ..solver import build_lr_scheduler, build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
 from ..visualization import prediction_pictures
 from .config_check import check_settings
@@ -295,6 +295,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:

@@ -107,6 +107,7 @@ NUMBERS = {
         "SOLVER.MAX_ITER",
         "SOLVER.IMS_PER_BATCH",
         "SOLVER.CHECKPOINT_PERIOD",
+        "SOLVER.NUM_DECAYS",
         "INPUT.MIN_SIZE_TRAIN",
         "INPUT.MAX_SIZE_TRAIN",
         "INPUT.MAX_SIZE_TEST",
@@ -136,7 +137,6 @@ NUMBERS = {
         "SOLVER.WARMUP_ITERS",
         "SOLVER.STEPS",
         "SOLVER.REFERENCE_WORLD_SIZE",
-        "SOLVER.NUM_DECAYS",
         "TEST.EVAL_PERIOD",
         "INPUT.MIN_SIZE_TEST",
         "DATALOADER.NUM_WORKERS",
@@ -329,6 +329,16 @@ def _check_schedule(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if list(solver.STEPS) != sorted(set(solver.STEPS)):
         raise ConfigError(f"SOLVER.STEPS is {_shown(solver.STEPS)}: give rising iterations")
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and {0, solver.MAX_ITER} & {*solver.STEPS}:
+        raise ConfigError(
+            f"SOLVER.STEPS is {_shown(solver.STEPS)} and SOLVER.MAX_ITER {solver.MAX_ITER}: give "
+            "iterations above 0 and below MAX_ITER, or () for no decay"
+        )
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and solver.BASE_LR_END > solver.BASE_LR:
+        raise ConfigError(
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, more than SOLVER.BASE_LR {solver.BASE_LR}: "
+            "give the rate at the end, such as 0.0"
+        )
     world = solver.REFERENCE_WORLD_SIZE
     if world and solver.IMS_PER_BATCH % world:
         raise ConfigError(

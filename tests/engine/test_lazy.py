@@ -152,7 +152,9 @@ def test_converted_batch_norm_is_recalibrated(launcher, tmp_path):
         launcher("train.max_iter=1", "train.eval_period=0", *options)
         assert ("recalibrating the" in (output / "log.txt").read_text()) == recalibrate
         final = torch.load(output / "model_final.pth", weights_only=False)["model"]
-        assert final["backbone.bottom_up.stem.conv1.norm.iters"] == 1  # this run's, not the weights'
+        assert (
+            final["backbone.bottom_up.stem.conv1.norm.iters"] == 1
+        )  # this run's, not the weights'
 
 
 def test_launcher_accumulates_gradients(launcher, tmp_path):

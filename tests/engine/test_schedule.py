@@ -10,7 +10,8 @@ from detectron2.modeling import build_model
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.engine import ConfigError, Trainer, read_config, setup_config
-from mabn_d2.engine.schedule import finalize_schedule, training_images
+from mabn_d2.engine.schedule import finalize_schedule, log_schedule, training_images
+from mabn_d2.engine.value_check import check_values
 from paths import ROOT
 
 NAMES = ("mask_rcnn", "faster_rcnn", "retinanet")
@@ -86,6 +87,25 @@ def test_steps_that_are_left_empty():
         cfg.SOLVER.STEPS = given
         finalize_schedule(cfg, 100)
         assert cfg.SOLVER.MAX_ITER == 750 and steps == cfg.SOLVER.STEPS
+
+
+@pytest.mark.parametrize("length, steps", [(1, ()), (2, (1,)), (3, (2,)), (9, (6, 8))])
+def test_steps_of_a_short_training(length, steps, caplog):
+    caplog.set_level("INFO")
+    cfg = own_data("mask_rcnn", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.EPOCHS", 1)
+    finalize_schedule(cfg, 8 * length)
+    log_schedule(cfg)
+    check_values(cfg)
+    assert cfg.SOLVER.MAX_ITER == length and steps == cfg.SOLVER.STEPS
+    assert (", ".join(map(str, steps)) or "no decay") + ", MABN's averages" in caplog.text
+
+
+def test_no_steps_are_no_decay(digits_cfg):
+    """Where the length is given, as Detectron2's tutorial says."""
+    digits_cfg.SOLVER.LR_SCHEDULER_NAME, digits_cfg.SOLVER.STEPS = "WarmupMultiStepLR", ()
+    finalize_schedule(digits_cfg)
+    assert digits_cfg.SOLVER.STEPS == ()
+    check_values(digits_cfg)
 
 
 def test_other_configs_stay_as_they_are():

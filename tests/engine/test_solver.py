@@ -1,5 +1,6 @@
 import copy
 
+import detectron2.solver
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -7,7 +8,8 @@ from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
 from mabn_d2 import add_mabn_config
-from mabn_d2.solver import build_optimizer
+from mabn_d2.engine.value_check import CHOICES
+from mabn_d2.solver import build_lr_scheduler, build_optimizer
 
 
 def setup(norm="MABN", **solver):
@@ -127,3 +129,23 @@ def test_steps_of_the_fused_kernels(digits_cfg, name):
             one.load_state_dict(two.state_dict())
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("name", CHOICES["SOLVER.LR_SCHEDULER_NAME"])
+def test_every_schedule_goes_to_the_end(name, rescale):
+    """Detectron2's rates, and the last one behind the last iteration, where its steps have none."""
+    cfg, model = setup(LR_SCHEDULER_NAME=name, MAX_ITER=8, STEPS=(2, 6), WARMUP_ITERS=2,
+                       RESCALE_INTERVAL=rescale)  # fmt: skip
+    ours, stock = (
+        build(cfg, torch.optim.SGD(model.parameters(), lr=1.0))
+        for build in (build_lr_scheduler, detectron2.solver.build_lr_scheduler)
+    )
+    for _ in range(7):
+        assert ours.get_last_lr() == stock.get_last_lr()
+        ours.step()
+        stock.step()
+    last = ours.get_last_lr()
+    for _ in range(3):  # a run that is resumed past its end has more
+        ours.step()
+    assert ours.get_last_lr()[0] == pytest.approx(0 if "Cosine" in name else last[0], abs=1e-9)

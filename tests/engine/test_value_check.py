@@ -50,6 +50,8 @@ from paths import ROOT
         ("SOLVER.MAX_ITER", 0, "SOLVER.MAX_ITER is 0: give a whole number above 0"),
         ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD is 0"),
         ("SOLVER.STEPS", (300, 200), "rising iterations"),
+        ("SOLVER.BASE_LR_END", 5.0, "SOLVER.BASE_LR_END is 5.0, more than SOLVER.BASE_LR"),
+        ("SOLVER.NUM_DECAYS", 0, "SOLVER.NUM_DECAYS is 0: give a whole number above 0"),
         ("SOLVER.REFERENCE_WORLD_SIZE", 3, "does not divide SOLVER.IMS_PER_BATCH 2"),
         ("SOLVER.REFERENCE_WORLD_SIZE", -1, "REFERENCE_WORLD_SIZE is -1"),
         ("TEST.EVAL_PERIOD", -5, "TEST.EVAL_PERIOD is -5"),
@@ -68,6 +70,13 @@ def test_wrong_values(digits_cfg, key, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         check_config(digits_cfg)
     assert "\n" not in str(error.value) and key.rpartition(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [(0, 2), (2, 4)])
+def test_steps_outside_of_the_training(digits_cfg, steps):
+    digits_cfg.SOLVER.LR_SCHEDULER_NAME, digits_cfg.SOLVER.STEPS = "WarmupMultiStepLR", steps
+    with pytest.raises(ConfigError, match="SOLVER.STEPS is .* SOLVER.MAX_ITER 4: .*above 0 and"):
+        check_values(digits_cfg)
 
 
 def test_a_script_of_ones_own_gets_the_same_line(digits_cfg):
