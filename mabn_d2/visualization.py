@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .checkpoint.io import atomic_file
+from .data.loader import add_test_proposals
 
 # Families for letters that matplotlib's own font lacks; those that are installed are used.
 FONTS = (
@@ -102,8 +103,10 @@ def prediction_pictures(
     Yields:
         (H, W, 3) uint8, RGB.
     """
-    mapper = DatasetMapper(cfg, False)
-    return pictures_of_dataset(cfg.DATASETS.TEST[0], mapper, model, num_images, min_score)
+    name = cfg.DATASETS.TEST[0]
+    records = DatasetCatalog.get(name)[:num_images]
+    add_test_proposals(cfg, name, records)
+    return _pictures(name, records, DatasetMapper(cfg, False), model, min_score)
 
 
 def pictures_of_dataset(
@@ -114,8 +117,17 @@ def pictures_of_dataset(
     min_score: float = 0.5,
 ) -> Iterator[np.ndarray]:
     """As `prediction_pictures`, for a dataset and a mapper of evaluation."""
+    return _pictures(dataset, DatasetCatalog.get(dataset)[:num_images], mapper, model, min_score)
+
+
+def _pictures(
+    dataset: str,
+    records: list[dict],
+    mapper: Callable[[dict], dict],
+    model: nn.Module,
+    min_score: float,
+) -> Iterator[np.ndarray]:
     metadata = MetadataCatalog.get(dataset)
-    records = DatasetCatalog.get(dataset)[:num_images]
     loader = build_detection_test_loader(records, mapper=mapper, sampler=range(len(records)))
     with inference_context(model), torch.no_grad():
         for record, inputs in zip(records, loader, strict=True):

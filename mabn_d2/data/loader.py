@@ -40,14 +40,19 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     BAD_INPUT "skip" does not apply, because the AP of fewer images is a different number.
     """
     records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    if cfg.MODEL.LOAD_PROPOSALS:
-        files = cfg.DATASETS.PROPOSAL_FILES_TEST
-        add_proposals(records, files[list(cfg.DATASETS.TEST).index(dataset_name)])
+    add_test_proposals(cfg, dataset_name, records)
     mapper = NamingMapper(DatasetMapper(cfg, False))
     loader = build_detection_test_loader(
         records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
     return guard_workers(loader)
+
+
+def add_test_proposals(cfg: CfgNode, dataset_name: str, records: list[dict]) -> None:
+    """Add the proposals of a set of DATASETS.TEST to its records, if MODEL.LOAD_PROPOSALS asks for them."""
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = cfg.DATASETS.PROPOSAL_FILES_TEST
+        add_proposals(records, files[list(cfg.DATASETS.TEST).index(dataset_name)])
 
 
 def load_records(cfg: CfgNode) -> list[tuple[str, list[dict]]]:

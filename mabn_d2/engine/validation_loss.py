@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..data.loader import add_test_proposals
 from ..data.mapper import NamingMapper
 from ..data.seeding import mix, seeded
 from ..data.workers import guard_workers
@@ -29,6 +30,7 @@ def build_validation_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[di
         None if the dataset has no annotations.
     """
     records = get_detection_dataset_dicts(dataset_name, filter_empty=False, check_consistency=False)
+    add_test_proposals(cfg, dataset_name, records)
     settings = DatasetMapper.from_config(cfg, is_train=True)
     settings["augmentations"] = build_augmentation(cfg, is_train=False)
     return validation_loader(records, DatasetMapper(**settings), cfg.DATALOADER.NUM_WORKERS)

@@ -256,11 +256,25 @@ def _check_model(cfg: CfgNode) -> None:
     if _is_used(cfg, "MODEL.ANCHOR_GENERATOR.SIZES"):
         _check_anchors(cfg)
     _check_lengths(cfg)
-    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise ConfigError(
-            f"TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN "
-            f"only, not for MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}: set it to False"
-        )
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(model)
+
+
+def _check_augmentation(model: CfgNode) -> None:
+    """What Detectron2 has test-time augmentation for, and asserts at the first evaluation."""
+    for fits, without in (
+        (
+            model.META_ARCHITECTURE == "GeneralizedRCNN",
+            f"for GeneralizedRCNN only, not for MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}",
+        ),
+        (not model.KEYPOINT_ON, "not for keypoints (MODEL.KEYPOINT_ON True)"),
+        (not model.LOAD_PROPOSALS, "not for proposals from files (MODEL.LOAD_PROPOSALS True)"),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation {without}: set "
+                "it to False"
+            )
 
 
 def _check_lengths(cfg: CfgNode) -> None:

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.data.build import load_proposals_into_dataset
+from detectron2.modeling import build_model
 
 from hostile import Hostile
 from mabn_d2 import CheckpointError
 from mabn_d2.data import DataError
 from mabn_d2.data.loader import build_test_loader, build_train_loader
 from mabn_d2.data.proposals import add_proposals
+from mabn_d2.engine.validation_loss import build_validation_loader, validation_losses
+from mabn_d2.visualization import prediction_pictures
 
 
 def write(path, records, **changes):
@@ -38,15 +41,32 @@ def test_same_as_detectron2(small_scenes, tmp_path):
             np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-def test_loaders(digits_cfg, tmp_path):
+@pytest.fixture
+def with_proposals(digits_cfg, tmp_path):
+    """The config of a model that takes its proposals from files."""
     cfg = digits_cfg
     cfg.MODEL.LOAD_PROPOSALS = True
     for split, key in (("train", "TRAIN"), ("val", "TEST")):
         records = DatasetCatalog.get(f"small_scenes_{split}")
         path = write(tmp_path / f"{split}.pkl", records)
         cfg.merge_from_list([f"DATASETS.PROPOSAL_FILES_{key}", (path,)])
+    return cfg
+
+
+def test_loaders(with_proposals):
+    cfg = with_proposals
     for loader in (build_train_loader(cfg), build_test_loader(cfg, "small_scenes_val")):
         assert len(next(iter(loader))[0]["proposals"]) == 4
+
+
+def test_what_follows_from_an_evaluation(with_proposals):
+    """Validation losses and pictures have them too."""
+    cfg = with_proposals
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "PrecomputedProposals"
+    model = build_model(cfg)
+    losses = validation_losses(model, build_validation_loader(cfg, "small_scenes_val"))
+    assert "loss_cls" in losses and "loss_rpn_cls" not in losses
+    assert len(list(prediction_pictures(cfg, model, 2))) == 2
 
 
 def test_bad_files(small_scenes, tmp_path):

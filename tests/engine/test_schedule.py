@@ -96,7 +96,7 @@ def test_steps_of_a_short_training(length, steps, caplog):
     finalize_schedule(cfg, 8 * length)
     log_schedule(cfg)
     check_values(cfg)
-    assert cfg.SOLVER.MAX_ITER == length and steps == cfg.SOLVER.STEPS
+    assert length == cfg.SOLVER.MAX_ITER and steps == cfg.SOLVER.STEPS
     assert (", ".join(map(str, steps)) or "no decay") + ", MABN's averages" in caplog.text
 
 

@@ -182,6 +182,13 @@ def test_test_time_augmentation_and_two_test_sets(digits_cfg, tmp_path):
         assert set(results[name]) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
         for part in ("inference", "test_time_augmentation/inference"):
             assert (folder / part / name / "coco_instances_results.json").is_file()
-    digits_cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    with pytest.raises(ConfigError, match="TEST.AUG.ENABLED is True, but .* GeneralizedRCNN"):
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("META_ARCHITECTURE", "RetinaNet"), ("KEYPOINT_ON", True), ("LOAD_PROPOSALS", True)],
+)
+def test_test_time_augmentation_of_another_model(digits_cfg, key, value):
+    digits_cfg.TEST.AUG.ENABLED, digits_cfg.MODEL[key] = True, value
+    with pytest.raises(ConfigError, match=f"TEST.AUG.ENABLED is True, but .*MODEL.{key} {value}"):
         check_values(digits_cfg)
