@@ -6,6 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from ..config import AUTO
 from ..safe_yaml import load_yaml
 from .config_check import check_config
 from .config_reader import leaves, read_config
@@ -33,6 +34,8 @@ def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     _use_folder(cfg, args, alone)
+    if not args.eval_only:
+        _check_used(cfg, args)
     finalize_schedule(cfg, train=not args.eval_only)
     cfg.freeze()
     train = not args.eval_only
@@ -42,6 +45,17 @@ def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
     ):  # one of several: `launch` has checked the model before it
         check_model(cfg, resume=args.resume, train=train)
     return cfg
+
+
+def _check_used(cfg: CfgNode, args: Namespace) -> None:
+    """What the command line gives for an automatic key must not end without effect."""
+    for key, sets in (("EPOCHS", "MAX_ITER"), ("LR_FOR_16_IMAGES", "BASE_LR")):
+        value = cfg.SOLVER[sets]
+        if f"SOLVER.{key}" in args.opts[::2] and value != AUTO:
+            raise ConfigError(
+                f"SOLVER.{key} is {cfg.SOLVER[key]}, but SOLVER.{sets} is {value}, which comes first: "
+                f"set SOLVER.{sets} {type(value)(AUTO)} too"
+            )
 
 
 def _use_folder(cfg: CfgNode, args: Namespace, alone: bool) -> None:

@@ -3,6 +3,8 @@
 A LazyConfig file is a program: loading it runs it. Use only files from sources that you trust.
 """
 
+import copy
+import math
 import os
 import tempfile
 from argparse import Namespace
@@ -12,7 +14,7 @@ import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..data.errors import one_line
@@ -20,6 +22,7 @@ from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..modeling.norm_table import NORMS
 from ..safe_yaml import load_as_data
+from ..solver import UntilTheEnd
 from .config_reader import check_config_file, check_no_flags
 from .errors import ConfigError, did_you_mean
 from .evaluators import missing_package
@@ -43,7 +46,17 @@ _NEEDED = (
     "output_dir", "init_checkpoint", "max_iter", "amp", "checkpointer", "eval_period", "log_period",
     "device",
 )  # fmt: skip
-_AT_LEAST = {"max_iter": 1, "log_period": 1, "eval_period": 0}
+# Whole numbers of the config, and the least that they may be; None: any.
+_AT_LEAST = {
+    "train.max_iter": 1, "train.log_period": 1, "train.eval_period": 0, "train.seed": None,
+    "train.checkpointer.period": 1, "train.checkpointer.max_to_keep": 1,
+    "dataloader.train.total_batch_size": 1, "dataloader.train.num_workers": 0,
+    "dataloader.test.num_workers": 0,
+}  # fmt: skip
+_BOOLEANS = (
+    "train.amp.enabled", "train.cudnn_benchmark", "train.convert_weights", "train.ddp.fp16_compression",
+)  # fmt: skip
+_CHECKPOINTER = ("period", "max_to_keep", "file_prefix")
 # What must be the same in a run that is resumed, and why.
 _MUST_STAY = {
     "model": "its checkpoint would not fit",
@@ -88,6 +101,7 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
     """
     train = not args.eval_only
     _check_train(cfg.train)
+    _check_types(cfg)
     accumulation_steps(cfg, count_processes(args))
     _check_packages(cfg)
     if train:
@@ -107,6 +121,8 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
         )
     with build_errors(cfg.model, "model."), torch.device("meta"), quiet():
         model = instantiate(cfg.model)
+    if train:
+        _check_solver(cfg, model)
     if train and "statistics" in cfg.train:
         _check_statistics(model, cfg.train.statistics)
     check_weights(
@@ -126,15 +142,15 @@ def _check_train(train: DictConfig) -> None:
     for key in _NEEDED:
         if key not in train:
             raise ConfigError(f"train.{key} is missing: give it a value")
-    for key, least in _AT_LEAST.items():
-        value = train[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"train.{key} is {value!r}: give a whole number of at least {least}")
-    period = train.checkpointer.get("period")
-    if not isinstance(period, int) or period < 1:
-        raise ConfigError(
-            f"train.checkpointer.period is {period!r}: give a whole number of at least 1"
-        )
+    for name, known in (("amp", ("enabled",)), ("checkpointer", _CHECKPOINTER)):
+        keys = train[name] if isinstance(train[name], DictConfig) else [train[name]]
+        for key in keys:
+            if key not in known:
+                raise ConfigError(
+                    f"train.{name} has {key!r}{did_you_mean(key, known)}: give {', '.join(known)}"
+                )
+        if known[0] not in keys:
+            raise ConfigError(f"train.{name}.{known[0]} is missing: give it a value")
     try:
         torch.device(train.device)
     except (RuntimeError, TypeError) as error:
@@ -146,6 +162,47 @@ def _check_train(train: DictConfig) -> None:
             row.layer(1, **train.get(name.lower(), {}), device="meta")  # checks the values
         except (TypeError, ValueError) as error:
             raise ConfigError(f"train.{name.lower()}: {one_line(error)}: correct it") from error
+
+
+def _check_types(cfg: DictConfig) -> None:
+    """Numbers and truth values; a text such as "no" would count as true."""
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None and key.removeprefix("train.") not in _NEEDED:
+            continue
+        if type(value) is not int or (least is not None and value < least):
+            what = "" if least is None else f" of at least {least}"
+            raise ConfigError(f"{key} is {value!r}: give a whole number{what}")
+    for key in _BOOLEANS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}: use True or False")
+
+
+def _check_solver(cfg: DictConfig, model: nn.Module) -> None:
+    """The optimizer and the schedule can be built, and the schedule has values from 0 to the end.
+
+    Args:
+        model: without data.
+    """
+    rate = cfg.optimizer.get("lr", 1.0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        raise ConfigError(f"optimizer.lr is {rate!r}: give a number above 0")
+    optimizer = copy.deepcopy(cfg.optimizer)
+    optimizer.params.model = model
+    for key, node in (("optimizer", optimizer), ("lr_multiplier", cfg.lr_multiplier)):
+        try:
+            built = instantiate(node)
+            if key == "lr_multiplier":
+                schedule = UntilTheEnd(built)
+                values = [schedule(where) for where in (0.0, 0.5, 1.0)]
+                if not all(0 <= value < math.inf for value in values):
+                    raise ValueError(f"the rate is multiplied by {values}")
+        except Exception as error:  # a LazyConfig calls anything
+            raise ConfigError(
+                f"{key} can't be used ({type(error).__name__}: {one_line(error, 300)}): correct its "
+                "values"
+            ) from error
 
 
 def _check_statistics(model: nn.Module, settings: DictConfig) -> None:

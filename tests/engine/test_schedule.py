@@ -174,6 +174,24 @@ def test_models_build_without_a_schedule(name):
     assert build_model(cfg).backbone.bottom_up.stem.conv1.norm.warmup_iters == 4 * 99 + 1
 
 
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SOLVER.EPOCHS", "5"], "SOLVER.EPOCHS is 5, but .*: set SOLVER.MAX_ITER -1 too"),
+        (
+            ["SOLVER.LR_FOR_16_IMAGES", "0.1"],
+            "LR_FOR_16_IMAGES is 0.1, .*: set SOLVER.BASE_LR -1.0 too",
+        ),
+    ],
+)
+def test_keys_that_another_one_comes_before(opts, message, tmp_path, small_scenes):
+    """As with the config.yaml of a run, where every automatic key has its value."""
+    arguments = {"num_gpus": 0, "num_machines": 1, "resume": False, "eval_only": False}
+    config = str(ROOT / "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml")
+    with pytest.raises(ConfigError, match=message):
+        setup_config(SimpleNamespace(config_file=config, opts=opts, **arguments))
+
+
 def test_the_saved_config_repeats_the_run(tmp_path, small_scenes):
     """The config of the command line has no AUTO left, and read again it is the same."""
     arguments = {"num_gpus": 0, "num_machines": 1, "resume": False, "eval_only": False}
