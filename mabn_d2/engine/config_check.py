@@ -11,7 +11,7 @@ from ..modeling.norm_table import NORMS
 from .errors import ConfigError, did_you_mean
 from .hooks.best_checkpoint import TASKS, task_of
 from .resume import check_output_folder, check_same_run
-from .value_check import check_values
+from .value_check import check_values, uses_mabn, warn_of_window
 
 # Iterations; each layer keeps two vectors of its channels for each.
 MAX_WINDOW = 10_000
@@ -90,6 +90,11 @@ def check_settings(cfg: CfgNode, workers: int = 1, train: bool = True) -> None:
                 f"MODEL.{name}.SIMULATED_BATCH_SIZE is {cfg.MODEL[name].SIMULATED_BATCH_SIZE}, which "
                 f"is {window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
             )
+    mabn = cfg.MODEL.MABN
+    if train and mabn.BATCH_SIZE > 0 and uses_mabn(cfg):
+        key = "MODEL.MABN.BATCH_SIZE"
+        window, share = mabn.SIMULATED_BATCH_SIZE // mabn.BATCH_SIZE, images // (workers * steps)
+        warn_of_window(mabn.BATCH_SIZE, window, share, key, f"{key} 0, the images of one forward")
     for key, node in _norm_nodes(cfg):
         try:
             get_norm(node.NORM, 32)
@@ -137,6 +142,17 @@ def _check_evaluation(cfg: CfgNode) -> None:
         raise ConfigError(
             f'TEST.BEST_METRIC is {metric!r}: use "auto", "" or a scalar of the evaluation, such as '
             '"bbox/AP", "segm/AP50" or "validation/total_loss"'
+        )
+    names, in_front = cfg.DATASETS.TEST, metric.removesuffix(f"{task}/{name}").rstrip("/")
+    if task and names and in_front not in (names if len(names) > 1 else ("",)):
+        front = f"{names[0]}/" if len(names) > 1 else ""
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}, but the scalars of DATASETS.TEST {list(names)} have "
+            f"{'the name of a set' if front else 'no name'} in front: use {front}{task}/{name}"
+        )
+    if task == "keypoints" and not cfg.MODEL.KEYPOINT_ON:
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}, but MODEL.KEYPOINT_ON is False: use bbox/{name}"
         )
     if task == "validation" and not cfg.TEST.VALIDATION_LOSS:
         raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, which needs TEST.VALIDATION_LOSS True")

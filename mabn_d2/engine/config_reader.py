@@ -60,6 +60,11 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
         text = " ".join(str(said).split())
         if unknown := re.search(r"Non-existent (?:config )?key: (\S+)", text):
             key = unknown[1]
+            if key in leaves(defaults):  # where Detectron2 reads a file by the keys of version 1
+                raise ConfigError(
+                    f"{key} has another name in VERSION 1, which --config-file {config_file} is read as: "
+                    f"set VERSION {defaults.VERSION} there"
+                ) from error
             raise ConfigError(
                 f"{key} is no config key{did_you_mean(key, leaves(defaults))}: correct it in "
                 f"--config-file {config_file} or on the command line"

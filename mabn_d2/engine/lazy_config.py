@@ -20,6 +20,7 @@ from torch import nn
 from ..data.errors import one_line
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
+from ..layers import MABN2d
 from ..modeling.norm_table import NORMS
 from ..safe_yaml import load_as_data
 from ..solver import UntilTheEnd
@@ -32,6 +33,7 @@ from .launch import count_processes
 from .lazy_data import can_be_seeded, is_dataset_mapper, target
 from .model_check import build_errors, check_weights, quiet
 from .resume import check_output_folder, differences
+from .value_check import warn_of_window
 
 # Keys of `train`: Detectron2's, those that its default_setup reads, and this package's; besides, each
 # norm of `NORMS` has its settings there.
@@ -102,7 +104,8 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
     train = not args.eval_only
     _check_train(cfg.train)
     _check_types(cfg)
-    accumulation_steps(cfg, count_processes(args))
+    processes = count_processes(args)
+    steps = accumulation_steps(cfg, processes)
     _check_packages(cfg)
     if train:
         _check_data_keys(cfg)
@@ -123,6 +126,11 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
         model = instantiate(cfg.model)
     if train:
         _check_solver(cfg, model)
+        images = cfg.dataloader.train.get("total_batch_size")
+        if images and any(isinstance(module, MABN2d) for module in model.modules()):
+            layer, share = MABN2d(1, **cfg.train.get("mabn", {})), images // (processes * steps)
+            key, remedy = "train.mabn.batch_size", f"train.mabn.batch_size={share}"
+            warn_of_window(layer.batch_size, layer.window, share, key, remedy)
     if train and "statistics" in cfg.train:
         _check_statistics(model, cfg.train.statistics)
     check_weights(

@@ -29,6 +29,7 @@ from .hooks import (
     BestCheckpoint,
     DrawPredictions,
     EarlyStopping,
+    KeepNewest,
     KeepRankStates,
     LogStatistics,
     StopOnSignal,
@@ -46,7 +47,7 @@ from .lazy_config import (
 from .lazy_data import build_train_loader, build_validation_loader, pictures
 from .log import share_log
 from .numpy_2 import evaluators_on_numpy_2
-from .resume import log_changes, warn_if_finished
+from .resume import log_changes, warn_if_finished, warn_if_random_and_frozen
 from .validation_loss import validation_losses
 
 
@@ -119,6 +120,10 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         restore_rank_states(bare, checkpointer.loaded)
     else:
         trainer.start_norm_schedules()
+        weights = cfg.train.init_checkpoint
+        warn_if_random_and_frozen(
+            bare, weights, "train.init_checkpoint", "freeze_at=0 in the model"
+        )
     checkpointer.loaded = {}
     if checkpointer.needs_recalibration:
         recalibrate_converted(model, MicroBatches(build_train_loader(cfg, steps), steps))
@@ -145,7 +150,7 @@ def _build_hooks(
     if main:
         evaluation = next(i for i, h in enumerate(chosen) if isinstance(h, hooks.EvalHook))
         # The checkpoint before the evaluation, which may fail.
-        checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+        checkpoints = KeepNewest(checkpointer, **cfg.train.checkpointer)
         chosen.insert(evaluation, checkpoints)
     return chosen
 

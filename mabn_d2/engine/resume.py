@@ -68,6 +68,8 @@ def check_output_folder(
             "last_checkpoint: name another folder, or write the name of the checkpoint to resume from "
             "into that file"
         )
+    if resume and not last:
+        _logger.warning(f"{key} {folder!r} has no checkpoint to resume from: a new run starts")
     return last is not None
 
 
@@ -162,6 +164,22 @@ def warn_if_finished(start_iter: int, max_iter: int, key: str = "SOLVER.MAX_ITER
         _logger.warning(
             f"the checkpoint has {start_iter} iterations and {key} is {max_iter}: nothing is left to "
             f"train; raise {key} to go on"
+        )
+
+
+def warn_if_random_and_frozen(model: nn.Module, weights: str, key: str, remedy: str) -> None:
+    """Warn if a run that starts from random weights never trains some of them.
+
+    Args:
+        weights: that the run starts from; empty: random ones.
+        key: what the config calls the weights.
+        remedy: how to train all parameters.
+    """
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    if frozen and not weights:
+        _logger.warning(
+            f"{key} is empty, and {len(frozen)} parameters such as {frozen[0]} are frozen, so that they "
+            f"stay random: set {remedy}, or name weights"
         )
 
 

@@ -36,6 +36,7 @@ from .hooks import (
     BestCheckpoint,
     DrawPredictions,
     EarlyStopping,
+    KeepNewest,
     KeepRankStates,
     LogSlowIterations,
     LogStatistics,
@@ -57,6 +58,7 @@ from .resume import (
     follow_schedule,
     log_changes,
     warn_if_finished,
+    warn_if_random_and_frozen,
 )
 from .schedule import finalize_schedule, log_schedule
 from .validation_loss import build_validation_loader, validation_losses
@@ -135,6 +137,12 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume)
         if not (resume and self.checkpointer.has_checkpoint()):
             self._trainer.start_norm_schedules()
+            warn_if_random_and_frozen(
+                self._bare_model(),
+                self.cfg.MODEL.WEIGHTS,
+                "MODEL.WEIGHTS",
+                "MODEL.BACKBONE.FREEZE_AT 0",
+            )
         if self.start_iter > 0:
             log_changes(self._changes, self.start_iter)
             warn_if_finished(self.start_iter, self.max_iter)
@@ -186,7 +194,7 @@ class Trainer(DefaultTrainer):
         ours += [hooks.IterationTimer(), hooks.LRScheduler(), rank_states]
         if comm.is_main_process():
             ours.append(
-                hooks.PeriodicCheckpointer(
+                KeepNewest(
                     self.checkpointer,
                     period,
                     max_to_keep=self.cfg.SOLVER.CHECKPOINTS_TO_KEEP or None,

@@ -365,8 +365,7 @@ def _check_schedule(cfg: CfgNode) -> None:
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, more than SOLVER.MAX_ITER "
             f"{solver.MAX_ITER}: the learning rate never reaches SOLVER.BASE_LR"
         )
-    norms = set(_norms(cfg))
-    if "MABN" not in norms and not cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_"):
+    if not uses_mabn(cfg):
         return
     for key, what in (
         ("WARMUP_ITERS", "the moving averages are never used"),
@@ -379,6 +378,28 @@ def _check_schedule(cfg: CfgNode) -> None:
                 "with the length of the training"
             )
             break
+
+
+def uses_mabn(cfg: CfgNode) -> bool:
+    """Return whether a config names MABN."""
+    return "MABN" in _norms(cfg) or cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_")
+
+
+def warn_of_window(batch_size: int, window: int, images: int, key: str, remedy: str) -> None:
+    """Warn if MABN's windows do not span the images that they are meant to.
+
+    Args:
+        batch_size: the value of `key`, images in a normalization batch.
+        window: forwards that the windows span.
+        images: in one forward.
+        key: what the config calls the batch size.
+        remedy: what to set.
+    """
+    if batch_size != images:
+        _logger.warning(
+            f"{key} is {batch_size}, but one forward has {images} images, so that the windows of {window} "
+            f"forwards span {window * images} images, not {window * batch_size}: set {remedy}"
+        )
 
 
 def _norms(node: CfgNode) -> Iterator[str]:

@@ -304,6 +304,13 @@ def test_table_of_classes(small_scenes):
         (["TEST.BEST_METRIC", "box/AP"], "TEST.BEST_METRIC is 'box/AP'"),
         (["TEST.BEST_METRIC", "validation/total_loss"], "needs TEST.VALIDATION_LOSS True"),
         (["TEST.BEST_METRIC", "segm/AP", "MODEL.MASK_ON", False], "use bbox/AP"),
+        (["TEST.BEST_METRIC", "keypoints/AP"], "MODEL.KEYPOINT_ON is False: use bbox/AP"),
+        (["TEST.BEST_METRIC", "x/bbox/AP"], "have no name in front: use bbox/AP"),
+        (
+            ["TEST.BEST_METRIC", "bbox/AP"]
+            + ["DATASETS.TEST", ("small_scenes_val", "small_scenes_train")],
+            "have the name of a set in front: use small_scenes_val/bbox/AP",
+        ),
         (["SOLVER.EARLY_STOPPING_PATIENCE", -1], "SOLVER.EARLY_STOPPING_PATIENCE is -1"),
         (["SOLVER.EARLY_STOPPING_PATIENCE", 2, "TEST.BEST_METRIC", ""], "which is empty"),
         (
@@ -321,6 +328,12 @@ def test_config_errors(cfg, opts, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         check_config(cfg)
     assert "\n" not in str(error.value)
+
+
+def test_metric_of_one_of_several_sets(cfg):
+    cfg.DATASETS.TEST = ("small_scenes_val", "small_scenes_train")
+    cfg.TEST.BEST_METRIC = "small_scenes_train/bbox/AP"
+    check_config(cfg)
 
 
 def test_auto_metric(cfg):

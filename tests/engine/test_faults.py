@@ -260,6 +260,15 @@ def test_checkpoints_without_last_checkpoint(digits_cfg, tmp_path, resume):
         check_config(digits_cfg, resume=True)
 
 
+def test_nothing_to_resume(digits_cfg, caplog):
+    said = (
+        f"OUTPUT_DIR {digits_cfg.OUTPUT_DIR!r} has no checkpoint to resume from: a new run starts"
+    )
+    for resume in (False, True):
+        check_config(digits_cfg, resume=resume)
+        assert (said in caplog.messages) == resume
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x02\xff", b"\n"])
 def test_damaged_last_checkpoint(digits_cfg, tmp_path, content):
     """Empty after a power loss."""

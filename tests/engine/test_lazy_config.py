@@ -69,6 +69,13 @@ def test_mistakes(config, tmp_path, options, message):
     assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
 
 
+def test_windows_of_other_images(config, caplog):
+    check(arguments(config, "dataloader.train.total_batch_size=8", "train.accumulation_steps=2"))
+    (line,) = [line for line in caplog.messages if "windows" in line]
+    assert line.startswith("train.mabn.batch_size is 2, but one forward has 4 images")
+    assert line.endswith("span 64 images, not 32: set train.mabn.batch_size=4")
+
+
 def test_missing_key(config):
     config.write_text(f"{config.read_text()}\ndel train.amp\n")
     with pytest.raises(ConfigError, match="train.amp is missing: give it a value"):

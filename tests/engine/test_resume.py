@@ -143,6 +143,30 @@ def test_a_new_run_has_its_own_schedule(begun, tmp_path):
     assert counters == 24
 
 
+def test_frozen_layers_of_random_weights(begun, tmp_path, caplog):
+    begun.OUTPUT_DIR, begun.MODEL.BACKBONE.FREEZE_AT = str(tmp_path / "new"), 1
+    trainer = Trainer(begun)
+    for weights, said in (("", 1), (f"{tmp_path}/output/model_final.pth", 0)):
+        caplog.clear()
+        trainer.cfg.MODEL.WEIGHTS = weights
+        trainer.resume_or_load(resume=False)
+        lines = [line for line in caplog.messages if "stay random" in line]
+        assert len(lines) == said
+        assert all("stem.conv1" in x and "BACKBONE.FREEZE_AT 0" in x for x in lines)
+
+
+def test_as_many_checkpoints_as_without_a_break(begun, tmp_path):
+    """SOLVER.CHECKPOINTS_TO_KEEP counts those of before, too."""
+    begun.SOLVER.CHECKPOINT_PERIOD, begun.SOLVER.CHECKPOINTS_TO_KEEP = 1, 2
+    begun.OUTPUT_DIR = str(tmp_path / "kept")
+    for max_iter in (3, 4):
+        trainer = resumed(begun)
+        trainer.max_iter = max_iter
+        trainer.train()
+    found = sorted(path.name for path in (tmp_path / "kept").glob("*.pth"))
+    assert found == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+
+
 def test_past_the_end(begun, caplog):
     begun.SOLVER.MAX_ITER = 2
     trainer = resumed(begun)

@@ -85,6 +85,13 @@ def test_what_is_plain_is_read(tmp_path):
     assert read_config(ROOT / CONFIG).SOLVER.OPTIMIZER == "ADAMW"
 
 
+def test_another_version_than_the_base(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"_BASE_: {ROOT / CONFIG}\nVERSION: 1\n")
+    with pytest.raises(ConfigError, match="has another name in VERSION 1, .*set VERSION 2 there"):
+        read_config(str(path))
+
+
 def test_configs_of_detectron2(tmp_path):
     """RetinaNet's base computes its anchors by a tag; it is installed code, as Detectron2 is."""
     name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"

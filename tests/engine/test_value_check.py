@@ -153,6 +153,21 @@ def test_averages_that_never_start(digits_cfg, caplog, warmup, start, said):
     assert not caplog.records
 
 
+def test_windows_of_other_images(digits_cfg, caplog):
+    """MABN's batch size is not the images of one forward."""
+    digits_cfg.SOLVER.MAX_ITER = 3000
+    check_config(digits_cfg)
+    digits_cfg.MODEL.MABN.BATCH_SIZE = 2
+    check_config(digits_cfg)
+    assert not caplog.records
+    digits_cfg.SOLVER.IMS_PER_BATCH = 8
+    check_config(digits_cfg, workers=2)
+    assert caplog.messages == [
+        "MODEL.MABN.BATCH_SIZE is 2, but one forward has 4 images, so that the windows of 16 forwards "
+        "span 64 images, not 32: set MODEL.MABN.BATCH_SIZE 0, the images of one forward"
+    ]
+
+
 @pytest.mark.parametrize("zoo", [
     "COCO-Detection/retinanet_R_50_FPN_1x", "COCO-Detection/faster_rcnn_R_50_C4_1x",
     "COCO-Detection/rpn_R_50_FPN_1x", "COCO-Detection/fast_rcnn_R_50_FPN_1x",

@@ -1,5 +1,7 @@
 """surgery/recalibrate.py and its hook."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,29 @@ def test_hook(digits_cfg):
         total, count = total + x.square().sum((0, 2, 3)), count + x[:, 0].numel()
     torch.testing.assert_close(conv.norm.running_var, total / count, rtol=1e-4, atol=0)
     assert all(not torch.equal(v, torch.ones_like(v)) for v in variances(trainer.model))
+
+
+class Averaging(nn.Module):
+    """Moves an average and a BatchNorm in each training forward, as RetinaNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = CenConv2d(3, 4, 3), MABN2d(4)
+        self.other, self.loss_normalizer = nn.BatchNorm2d(4), 100.0
+
+    def forward(self, images):
+        self.loss_normalizer *= 0.9
+        return self.other(self.norm(self.conv(images)))
+
+
+def test_the_hook_moves_running_var_only():
+    model = Averaging()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hook = RecalibrateMABN(1, model, [torch.randn(2, 3, 8, 8)], 1)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=1)
+    hook.after_step()
+    changed = [n for n, value in model.state_dict().items() if not torch.equal(value, before[n])]
+    assert changed == ["norm.running_var"] and model.loss_normalizer == 100 and model.training
 
 
 class Levels(nn.Module):

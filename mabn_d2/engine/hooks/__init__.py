@@ -3,6 +3,7 @@
 from .best_checkpoint import BestCheckpoint
 from .draw_predictions import DrawPredictions
 from .early_stopping import EarlyStopping, TrainingStopped
+from .keep_newest import KeepNewest
 from .log_slow_iterations import LogSlowIterations
 from .log_statistics import LogStatistics
 from .rank_states import KeepRankStates
@@ -14,6 +15,7 @@ __all__ = [
     "BestCheckpoint",
     "DrawPredictions",
     "EarlyStopping",
+    "KeepNewest",
     "KeepRankStates",
     "LogSlowIterations",
     "LogStatistics",

@@ -2,9 +2,11 @@
 
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -14,6 +16,23 @@ from ...layers import MABN2d
 from ...surgery.recalibrate import update_mabn_stats
 
 _logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _unmoved(model: nn.Module) -> Iterator[None]:
+    """Set back what forwards in training mode move beside MABN: other buffers, RetinaNet's average."""
+    others = [module for module in model.modules() if not isinstance(module, MABN2d)]
+    attributes = {module: dict(vars(module)) for module in others}
+    buffers = {b: b.clone() for module in others for b in module.buffers(recurse=False)}
+    try:
+        yield
+    finally:
+        for module, values in attributes.items():
+            vars(module).clear()
+            vars(module).update(values)
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
 
 
 class RecalibrateMABN(HookBase):
@@ -38,7 +57,8 @@ class RecalibrateMABN(HookBase):
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period > 0 and done % self.period == 0):
             _logger.info(f"recalibrating MABN on {self.num_iters} batches")
-            with EventStorage():  # what the model logs meanwhile is no progress of the training
+            # What the model logs meanwhile is no progress of the training.
+            with EventStorage(), _unmoved(self.model):
                 update_mabn_stats(self.model, self.data_loader, self.num_iters)
 
 
@@ -64,7 +84,7 @@ def recalibrate_converted(model: nn.Module, data_loader: Iterable[Any]) -> None:
     try:
         for weight in frozen:
             weight.requires_grad_(True)  # which update_mabn_stats takes for not frozen
-        with EventStorage():
+        with EventStorage(), _unmoved(model):
             update_mabn_stats(model, itertools.chain([first], batches), num_iters)
     finally:
         for weight in frozen:
