@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .launch import count_processes
 from .model_check import check_model
 from .own_data import use_folder_for
-from .schedule import finalize_schedule
+from .schedule import finalize_schedule, scale_to_processes
 
 
 def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
@@ -36,10 +36,12 @@ def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
     _use_folder(cfg, args, alone)
     if not args.eval_only:
         _check_used(cfg, args)
-    finalize_schedule(cfg, train=not args.eval_only)
+    train, processes = not args.eval_only, count_processes(args)
+    finalize_schedule(cfg, train=train)
+    if train:
+        cfg = scale_to_processes(cfg, processes)
     cfg.freeze()
-    train = not args.eval_only
-    check_config(cfg, count_processes(args), resume=args.resume, train=train)
+    check_config(cfg, processes, resume=args.resume, train=train)
     if (
         alone or comm.get_world_size() == 1
     ):  # one of several: `launch` has checked the model before it

@@ -23,11 +23,13 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer
 
 from ..config import AUTO
 from ..data.data_check import check_requirements
 from ..data.requirements import DataRequirements
 from .errors import ConfigError
+from .value_check import check_reference_world_size
 
 
 def finalize_schedule(cfg: CfgNode, num_images: int | None = None, train: bool = True) -> None:
@@ -52,6 +54,39 @@ def finalize_schedule(cfg: CfgNode, num_images: int | None = None, train: bool =
     finally:
         if frozen:
             cfg.freeze()
+
+
+def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
+    """Detectron2's `auto_scale_workers` (SOLVER.REFERENCE_WORLD_SIZE), for the keys of this package too.
+
+    MABN's schedule is scaled as the warm-up of the rate is. No period becomes 0.
+
+    Args:
+        cfg: after `finalize_schedule`, as AUTO can't be scaled.
+        processes: that train.
+    Returns:
+        `cfg` itself where nothing is to be scaled.
+    Raises:
+        ConfigError: if SOLVER.REFERENCE_WORLD_SIZE does not divide the images.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    check_reference_world_size(cfg)
+    scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, processes)
+    if scaled is cfg:
+        return cfg
+    frozen = scaled.is_frozen()
+    scaled.defrost()
+    mabn = scaled.MODEL.MABN
+    for key in ("WARMUP_ITERS", "CLIP_START"):
+        mabn[key] = round(mabn[key] * reference / processes)
+    for node, before, key in (
+        (scaled.SOLVER, cfg.SOLVER, "CHECKPOINT_PERIOD"),
+        (scaled.TEST, cfg.TEST, "EVAL_PERIOD"),
+    ):
+        node[key] = max(node[key], min(before[key], 1))
+    if frozen:
+        scaled.freeze()
+    return scaled
 
 
 def training_images(cfg: CfgNode) -> int:

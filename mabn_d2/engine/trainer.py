@@ -60,7 +60,7 @@ from .resume import (
     warn_if_finished,
     warn_if_random_and_frozen,
 )
-from .schedule import finalize_schedule, log_schedule
+from .schedule import finalize_schedule, log_schedule, scale_to_processes
 from .validation_loss import build_validation_loader, validation_losses
 
 _logger = logging.getLogger(__name__)
@@ -87,8 +87,9 @@ class Trainer(DefaultTrainer):
         cfg = with_folder(cfg)
         build, ours = (getattr_static(cls, "build_evaluator") for cls in (type(self), Trainer))
         check_data(cfg, evaluators=build is ours)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg = cfg.clone()
         finalize_schedule(cfg)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_settings(cfg, comm.get_world_size())
         log_schedule(cfg)
         with build_errors(cfg.MODEL):
@@ -299,6 +300,10 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0  # saves memory; the batches are few
         return MicroBatches(self.build_train_loader(cfg), cfg.SOLVER.ACCUMULATION_STEPS)
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        return scale_to_processes(cfg, num_workers)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

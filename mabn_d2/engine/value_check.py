@@ -339,6 +339,20 @@ def _check_anchors(cfg: CfgNode) -> None:
             )
 
 
+def check_reference_world_size(cfg: CfgNode) -> None:
+    """Check what Detectron2 asserts before it scales a config to the number of processes.
+
+    Raises:
+        ConfigError: naming SOLVER.REFERENCE_WORLD_SIZE, its value and what it may be.
+    """
+    world, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if world < 0 or (world and images % world):
+        raise ConfigError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {world}, which does not divide SOLVER.IMS_PER_BATCH "
+            f"{images}: give the number of processes that the config was written for, or 0"
+        )
+
+
 def _check_schedule(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if list(solver.STEPS) != sorted(set(solver.STEPS)):
@@ -353,13 +367,7 @@ def _check_schedule(cfg: CfgNode) -> None:
             f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, more than SOLVER.BASE_LR {solver.BASE_LR}: "
             "give the rate at the end, such as 0.0"
         )
-    world = solver.REFERENCE_WORLD_SIZE
-    if world and solver.IMS_PER_BATCH % world:
-        raise ConfigError(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {world}, which does not divide SOLVER.IMS_PER_BATCH "
-            f"{solver.IMS_PER_BATCH}: give the number of processes that the config was written for, "
-            "or 0"
-        )
+    check_reference_world_size(cfg)
     if solver.WARMUP_ITERS > solver.MAX_ITER:
         _logger.warning(
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, more than SOLVER.MAX_ITER "

@@ -10,7 +10,12 @@ from detectron2.modeling import build_model
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.engine import ConfigError, Trainer, read_config, setup_config
-from mabn_d2.engine.schedule import finalize_schedule, log_schedule, training_images
+from mabn_d2.engine.schedule import (
+    finalize_schedule,
+    log_schedule,
+    scale_to_processes,
+    training_images,
+)
 from mabn_d2.engine.value_check import check_values
 from paths import ROOT
 
@@ -172,6 +177,26 @@ def test_models_build_without_a_schedule(name):
     cfg.merge_from_file(str(ROOT / f"configs/own_data_{name}_R50_FPN_mabn.yaml"))
     cfg.MODEL.DEVICE = "meta"
     assert build_model(cfg).backbone.bottom_up.stem.conv1.norm.warmup_iters == 4 * 99 + 1
+
+
+def test_another_number_of_processes(tmp_path, small_scenes):
+    """SOLVER.REFERENCE_WORLD_SIZE: automatic values first, then the scale, then the checks."""
+    arguments = {"num_gpus": 0, "num_machines": 1, "resume": False, "eval_only": False}
+    config = str(ROOT / "configs/own_data_mask_rcnn_R50_FPN_mabn.yaml")
+    opts = ["DATASETS.TRAIN", "('small_scenes_train',)", "OUTPUT_DIR", str(tmp_path / "run"),
+            "SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.ACCUMULATION_STEPS", "1",
+            "MODEL.MABN.CLIP_START", "600", *map(str, DIGITS)]  # fmt: skip
+    cfg = setup_config(SimpleNamespace(config_file=config, opts=opts, **arguments))
+    assert list(keys(cfg).values()) == [720, 0.0025, 72, 36, 36, 108, 2400]
+    assert cfg.SOLVER.IMS_PER_BATCH == 2 and cfg.SOLVER.REFERENCE_WORLD_SIZE == 1
+    assert scale_to_processes(cfg, 1) is cfg  # as `Trainer` does again
+    short = read_config(config, [*opts, "SOLVER.MAX_ITER", "9", "TEST.EVAL_PERIOD", "3"])
+    finalize_schedule(short)
+    many = scale_to_processes(short, 32)
+    assert (many.TEST.EVAL_PERIOD, many.SOLVER.CHECKPOINT_PERIOD) == (1, 1)
+    with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE is 3, which does not divide"):
+        setup_config(SimpleNamespace(config_file=config, opts=[*opts, "SOLVER.REFERENCE_WORLD_SIZE",
+                                                               "3"], **arguments))  # fmt: skip
 
 
 @pytest.mark.parametrize(
