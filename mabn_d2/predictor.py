@@ -100,15 +100,15 @@ class Predictor:
         """
         if isinstance(image, Image.Image):
             check_depth(image)
-            image = convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
-        elif not isinstance(image, np.ndarray):
-            image = self.read(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            array: np.ndarray = convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
+        else:
+            array = image if isinstance(image, np.ndarray) else self.read(image)
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
             raise ValueError(
-                f"an image is (H, W, 3) uint8, BGR; this is {tuple(image.shape)} {image.dtype}"
+                f"an image is (H, W, 3) uint8, BGR; this is {tuple(array.shape)} {array.dtype}"
             )
-        height, width = image.shape[:2]
-        inputs = [{"image": self.to_tensor(image), "height": height, "width": width}]
+        height, width = array.shape[:2]
+        inputs = [{"image": self.to_tensor(array), "height": height, "width": width}]
         instances = self.model(inputs)[0]["instances"].to("cpu")
         instances = instances[instances.scores >= self.threshold]
         names = np.array(self.class_names, dtype=object)

@@ -150,15 +150,15 @@ def _check_train(train: DictConfig) -> None:
     for key in _NEEDED:
         if key not in train:
             raise ConfigError(f"train.{key} is missing: give it a value")
-    for name, known in (("amp", ("enabled",)), ("checkpointer", _CHECKPOINTER)):
+    for name, fields in (("amp", ("enabled",)), ("checkpointer", _CHECKPOINTER)):
         keys = train[name] if isinstance(train[name], DictConfig) else [train[name]]
         for key in keys:
-            if key not in known:
+            if key not in fields:
                 raise ConfigError(
-                    f"train.{name} has {key!r}{did_you_mean(key, known)}: give {', '.join(known)}"
+                    f"train.{name} has {key!r}{did_you_mean(key, fields)}: give {', '.join(fields)}"
                 )
-        if known[0] not in keys:
-            raise ConfigError(f"train.{name}.{known[0]} is missing: give it a value")
+        if fields[0] not in keys:
+            raise ConfigError(f"train.{name}.{fields[0]} is missing: give it a value")
     try:
         torch.device(train.device)
     except (RuntimeError, TypeError) as error:

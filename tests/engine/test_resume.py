@@ -141,6 +141,12 @@ def test_a_new_run_has_its_own_schedule(begun, tmp_path):
         else:
             assert torch.equal(value, saved[name]), name
     assert counters == 24
+    # `convert_weights.py --keep-buffers` leaves them in its file for the run that starts from it.
+    torch.save({"model": saved, "mabn_d2": {"config": {}}}, tmp_path / "kept.pth")
+    trainer.cfg.MODEL.WEIGHTS = str(tmp_path / "kept.pth")
+    trainer.resume_or_load(resume=False)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
 
 
 def test_frozen_layers_of_random_weights(begun, tmp_path, caplog):
