@@ -12,9 +12,11 @@ Keys that a config leaves to this module have the value AUTO (-1):
 | MODEL.MABN.CLIP_START | 30 % of MAX_ITER, at most 1200 |
 
 If MAX_ITER is AUTO, STEPS that are left empty are 2/3 and 8/9 of it, as in the published schedule, where
-LR_SCHEDULER_NAME uses them; with a number there the rate is not decayed. The shares and bounds of MABN are those of the demo (2,800 iterations) and
-of the comparison (docs/comparison.md). The published 100 and 1,000 are for 90,000 iterations and more; in a
-short training the weights still move fast at that time, and the windows lag behind them.
+LR_SCHEDULER_NAME uses them; with a number there the rate is not decayed.
+
+The shares and bounds of MABN are those of the demo (2,800 iterations) and of the comparison (docs/comparison.md).
+The published 100 and 1,000 are for 90,000 iterations and more; in a short training the weights still move fast at
+that time, and the windows lag behind them.
 """
 
 import logging
