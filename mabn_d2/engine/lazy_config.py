@@ -17,7 +17,6 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..data.errors import one_line
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..layers import MABN2d
@@ -25,7 +24,7 @@ from ..modeling.norm_table import NORMS
 from ..safe_yaml import load_as_data
 from ..solver import UntilTheEnd
 from .config_reader import check_config_file, check_no_flags
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, one_line
 from .evaluators import missing_package
 from .hooks.best_checkpoint import TASKS, task_of
 from .hooks.log_statistics import LogStatistics
@@ -58,7 +57,8 @@ _AT_LEAST = {
 _BOOLEANS = (
     "train.amp.enabled", "train.cudnn_benchmark", "train.convert_weights", "train.ddp.fp16_compression",
 )  # fmt: skip
-_CHECKPOINTER = ("period", "max_to_keep", "file_prefix")
+# Keys of two nodes of `train`; the first of each is needed.
+_NODE_KEYS = {"amp": ("enabled",), "checkpointer": ("period", "max_to_keep", "file_prefix")}
 # What must be the same in a run that is resumed, and why.
 _MUST_STAY = {
     "model": "its checkpoint would not fit",
@@ -150,15 +150,15 @@ def _check_train(train: DictConfig) -> None:
     for key in _NEEDED:
         if key not in train:
             raise ConfigError(f"train.{key} is missing: give it a value")
-    for name, fields in (("amp", ("enabled",)), ("checkpointer", _CHECKPOINTER)):
+    for name, allowed in _NODE_KEYS.items():
         keys = train[name] if isinstance(train[name], DictConfig) else [train[name]]
         for key in keys:
-            if key not in fields:
+            if key not in allowed:
                 raise ConfigError(
-                    f"train.{name} has {key!r}{did_you_mean(key, fields)}: give {', '.join(fields)}"
+                    f"train.{name} has {key!r}{did_you_mean(key, allowed)}: give {', '.join(allowed)}"
                 )
-        if fields[0] not in keys:
-            raise ConfigError(f"train.{name}.{fields[0]} is missing: give it a value")
+        if allowed[0] not in keys:
+            raise ConfigError(f"train.{name}.{allowed[0]} is missing: give it a value")
     try:
         torch.device(train.device)
     except (RuntimeError, TypeError) as error:
