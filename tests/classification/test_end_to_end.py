@@ -31,6 +31,7 @@ def documented_commands():
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_documented_commands_lead_from_classifier_to_detectors(tmp_path):
     for name in ("tools", "configs"):

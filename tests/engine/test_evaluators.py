@@ -422,7 +422,7 @@ def test_semantic_labels_that_contradict(name, cfg, tmp_path):
         assert "\n" not in str(error.value) and not Path(cfg.OUTPUT_DIR).exists()
 
 
-@pytest.mark.parametrize("stuff_classes", [3, 54])
+@pytest.mark.parametrize("stuff_classes", [3, pytest.param(54, marks=pytest.mark.slow)])
 def test_two_processes_and_semantic_labels(stuff_classes, tmp_path):
     """They train and evaluate together; a contradiction is said once."""
     other_datasets.write_panoptic(tmp_path)
