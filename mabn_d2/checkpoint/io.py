@@ -145,7 +145,11 @@ def read_checkpoint(path: str | Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from error
     with file:
+        # First, because torch before 2.6 hands a TorchScript file to its own loader.
+        if other := _other_format(file):
+            raise CheckpointError(f"{path} is {other}")
         try:
+            file.seek(0)
             return _read(file)
         except Exception as error:  # a damaged file makes the readers raise anything
             refused = _refused_name(error)
@@ -154,9 +158,6 @@ def read_checkpoint(path: str | Path) -> Any:
                     f"{path} is refused, and nothing of it was run: it asks for {refused}, which "
                     "weights don't need; use a file from a source that you trust, of tensors only"
                 ) from error
-            other = _other_format(file)
-            if other:
-                raise CheckpointError(f"{path} is {other}") from error
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(
                 f"{path} is no whole checkpoint ({reason}): copy or download it again"
@@ -165,7 +166,6 @@ def read_checkpoint(path: str | Path) -> Any:
 
 def _other_format(file: IO[bytes]) -> str | None:
     """Return what a file is that can't be read as a checkpoint, with the remedy; None if unknown."""
-    file.seek(0)
     start = file.read(64)
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < 2**27:  # length of the header
         return 'a safetensors file: torch.save(safetensors.torch.load_file(FILE), "FILE.pth") converts it'
