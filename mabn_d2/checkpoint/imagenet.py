@@ -52,8 +52,8 @@ def convert_imagenet(
         checkpoint: a state dict, or what wraps one, of tensors or numpy arrays.
         stride_in_1x1, channel_order, pixel_mean, pixel_std: recorded as config keys; None is what
             the source's authors did, or what a checkpoint of this package's classifiers says.
-            `channel_order` is "BGR" or "RGB"; the other two are 3 numbers
-            in that order, of levels of 0-255.
+            `channel_order` is "BGR" or "RGB"; the other two are 3 numbers in that order, of levels of
+            0-255.
         keep_buffers: keep MABN's windows and counter, which start over otherwise.
         prefix: of the backbone in the model; "backbone." where there is no FPN.
     Returns:

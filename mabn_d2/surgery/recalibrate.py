@@ -58,8 +58,8 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
        random in training mode; their heads then get values that vary by the draw.
 
     Args:
-        model: called with each batch, or its input. MABN layers whose weight does not require grad are frozen,
-            and left alone; so are those that no batch reaches, with a warning.
+        model: called with each batch, or with the input in it. MABN layers whose weight does not
+            require grad are frozen, and left alone; so are those that no batch reaches, with a warning.
         data_loader: an iterable of batches. Of a batch (input, target) the model gets the input,
             unless it takes a list of tensors.
         num_iters: the number of batches to take.
