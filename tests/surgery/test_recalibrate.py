@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from commands import run_support
 from detectors import narrow_cfg, scenes
 from mabn_d2 import update_mabn_stats
 from mabn_d2.engine import Trainer
@@ -206,10 +205,3 @@ def test_batches_that_use_a_layer_more_or_less_often(sizes):
     expected = variances(model)
     update_mabn_stats(model, images.split(sizes), len(sizes))
     torch.testing.assert_close(variances(model), expected, rtol=1e-5, atol=0)
-
-
-def test_ranks_that_use_other_layers_and_have_fewer_batches():
-    done = run_support("recalibrate_ranks.py")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("1.0 100.0") == 2
-    assert done.stdout.count("the data loader has 1: change num_iters") == 2
