@@ -9,6 +9,7 @@ from ..data.requirements import DataRequirements
 from ..data.samplers import check_sampler
 from .errors import ConfigError, on_one_rank
 from .evaluators import check_evaluators
+from .metric_check import check_best_metric, check_lazy_best_metric
 from .truth_check import check_truth
 
 
@@ -23,12 +24,15 @@ def check_data(cfg: CfgNode, train: bool = True, evaluators: bool = True) -> Non
         evaluators: whether DATASETS.TEST is evaluated by `Trainer.build_evaluator` as it stands.
 
     Raises:
-        ConfigError: if there is no dataset, or if one of DATASETS.TEST can't be evaluated.
+        ConfigError: if there is no dataset, if one of DATASETS.TEST can't be evaluated, or if the
+            evaluation does not give TEST.BEST_METRIC.
         DataError: if the sampler is wrong, or if the data can't be used or contradicts the config.
     """
     check_datasets(cfg, train, evaluators)
     check_requirements(DataRequirements.from_cfg(cfg, train))
     if evaluators:
+        if train:
+            check_best_metric(cfg)
         on_one_rank(lambda: check_truth(cfg))
 
 
@@ -60,6 +64,9 @@ def check_lazy_data(cfg: Any, train: bool = True) -> None:
         train: False if the config is used for an evaluation only.
 
     Raises:
+        ConfigError: if the evaluator does not give train.best_metric.
         DataError: if the data can't be used or contradicts the config.
     """
     check_requirements(DataRequirements.from_lazy(cfg, train))
+    if train:
+        check_lazy_best_metric(cfg)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -21,6 +22,8 @@ from detectron2.utils import comm
 
 from ..data.packages import INTERNAL, remedy
 from .errors import ConfigError
+
+_Builder = Callable[[CfgNode, str, str], DatasetEvaluator]
 
 
 def _coco(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
@@ -56,28 +59,28 @@ def _semantic(cfg: CfgNode, name: str, folder: str) -> SemSegEvaluator:
     return SemSegEvaluator(name, output_dir=folder)
 
 
-# Each takes the config, the name of the dataset and the folder for results.
-EVALUATORS = {
-    "coco": [_coco],
-    "coco_panoptic_seg": [
-        _semantic,
-        _coco,
-        lambda cfg, name, folder: COCOPanopticEvaluator(name, folder),
-    ],
-    "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
-    "pascal_voc": [lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)],
-    "sem_seg": [_semantic],
-    "cityscapes_instance": [lambda cfg, name, folder: _CityscapesInstanceEvaluator(name)],
-    "cityscapes_sem_seg": [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
+# The evaluators of each type; a builder takes the config, the name of the dataset and the folder for results.
+EVALUATORS: dict[str, dict[type[DatasetEvaluator], _Builder]] = {
+    "coco": {COCOEvaluator: _coco},
+    "coco_panoptic_seg": {
+        SemSegEvaluator: _semantic,
+        COCOEvaluator: _coco,
+        COCOPanopticEvaluator: lambda cfg, name, folder: COCOPanopticEvaluator(name, folder),
+    },
+    "lvis": {LVISEvaluator: lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)},
+    "pascal_voc": {
+        PascalVOCDetectionEvaluator: lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)
+    },
+    "sem_seg": {SemSegEvaluator: _semantic},
+    "cityscapes_instance": {
+        CityscapesInstanceEvaluator: lambda cfg, name, folder: _CityscapesInstanceEvaluator(name)
+    },
+    "cityscapes_sem_seg": {
+        CityscapesSemSegEvaluator: lambda cfg, name, folder: CityscapesSemSegEvaluator(name)
+    },
 }
 # Packages that some evaluators import when they are built or later.
-PACKAGES = {
-    "lvis": "lvis",
-    "coco_panoptic_seg": "panopticapi",
-    "cityscapes_instance": "cityscapesscripts",
-    "cityscapes_sem_seg": "cityscapesscripts",
-}
-PACKAGES_OF_CLASSES = {
+PACKAGES: dict[type[DatasetEvaluator], str] = {
     LVISEvaluator: "lvis",
     COCOPanopticEvaluator: "panopticapi",
     CityscapesInstanceEvaluator: "cityscapesscripts",
@@ -102,12 +105,12 @@ def _package(kind: str) -> str | None:
     names = CityscapesInstanceEvaluator.process.__code__.co_names
     if kind.startswith("cityscapes") and any(name.startswith(INTERNAL) for name in names):
         return INTERNAL
-    return PACKAGES.get(kind)
+    return next((PACKAGES[known] for known in EVALUATORS[kind] if known in PACKAGES), None)
 
 
 def missing_package(evaluator: Any) -> str | None:
     """Return the package that a class of evaluators needs, if it is not installed; else None."""
-    for known, package in PACKAGES_OF_CLASSES.items():
+    for known, package in PACKAGES.items():
         if isinstance(evaluator, type) and issubclass(evaluator, known):
             return package if importlib.util.find_spec(package) is None else None
     return None
@@ -178,4 +181,4 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     if len(cfg.DATASETS.TEST) > 1:  # the files of each have the same names
         folder = os.path.join(folder, name)
     kind = MetadataCatalog.get(name).evaluator_type
-    return DatasetEvaluators([build(cfg, name, folder) for build in EVALUATORS[kind]])
+    return DatasetEvaluators([build(cfg, name, folder) for build in EVALUATORS[kind].values()])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -136,10 +137,37 @@ def test_another_metric_at_resume_is_said(cfg, caplog):
     assert best_of(cfg)["metric"] == "bbox/AP" and best_of(cfg)["value"] == 1
 
 
-def test_a_metric_that_is_not_there_is_said(cfg, caplog):
+def test_a_metric_that_own_evaluators_do_not_give_is_said(cfg, caplog):
     cfg.TEST.BEST_METRIC, cfg.SOLVER.MAX_ITER = "bbox/AP99", 1
-    told(cfg, 3).train()
+
+    class Own(Told):
+        values: ClassVar = [3]
+
+        @classmethod
+        def build_evaluator(cls, cfg, name):
+            raise AssertionError("test gives the values")
+
+    Own(cfg).train()
     assert "the evaluation gives no bbox/AP99" in caplog.text and "bbox/AP, segm/AP" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "metric, message",
+    [
+        ("bbox/APP", "does not give (did you mean bbox/AP?): use one of bbox/AP, bbox/AP50"),
+        ("segm/AP-10", "use one of segm/AP, segm/AP50, segm/AP75, segm/APs"),  # digits are 0 to 9
+        ("sem_seg/mIoU", "use one of bbox/AP"),
+    ],
+)
+def test_a_metric_that_the_evaluators_do_not_give_is_an_error(cfg, metric, message):
+    cfg.TEST.BEST_METRIC = metric
+    with pytest.raises(ConfigError) as error:
+        Trainer(cfg)
+    expected = f"TEST.BEST_METRIC is '{metric}', which the evaluation of 'small_scenes_val'"
+    assert str(error.value).startswith(expected) and message in str(error.value)
+    assert not Path(cfg.OUTPUT_DIR).exists()
+    cfg.TEST.BEST_METRIC = "segm/AP-9"
+    Trainer(cfg)
 
 
 def test_early_stopping_and_its_resume(cfg):

@@ -20,6 +20,8 @@ from coco_datasets import CLASSES, SIZE, make_dataset, read_rectangles
 from commands import lines, run_support
 from mabn_d2.data import DataError
 from mabn_d2.engine import ConfigError, Trainer, check_data
+from mabn_d2.engine.evaluators import EVALUATORS
+from mabn_d2.engine.metric_check import scalars
 from mabn_d2.engine.numpy_2 import evaluators_on_numpy_2
 from mabn_d2.engine.report import report_run
 
@@ -68,6 +70,7 @@ def test_pascal_voc(digits_cfg, voc):
     trainer = Trainer(cfg)
     trainer.train()
     assert 0 <= trainer._last_eval_results["bbox"]["AP"] <= 100
+    assert scalars_of(trainer) == known_scalars(cfg)
     evaluator = Trainer.build_evaluator(cfg, "own_voc_val")
     evaluator.reset()
     for record in DatasetCatalog.get("own_voc_val"):
@@ -129,9 +132,23 @@ def train(cfg):
     """Train and evaluate as the command does; return the results and the best metric."""
     trainer = Trainer(cfg)
     trainer.train()
+    assert scalars_of(trainer) == known_scalars(cfg)
     assert "predictions.png" in report_run(trainer)
     best = json.loads(Path(cfg.OUTPUT_DIR, "model_best.json").read_text())
     return trainer._last_eval_results, best["metric"]
+
+
+def scalars_of(trainer):
+    results = trainer._last_eval_results
+    return {f"{task}/{name}" for task, values in results.items() for name in values}
+
+
+def known_scalars(cfg):
+    """Return what the check of TEST.BEST_METRIC allows for the model."""
+    (name,) = cfg.DATASETS.TEST
+    evaluators = EVALUATORS[MetadataCatalog.get(name).evaluator_type]
+    known = {scalar for evaluator in evaluators for scalar in scalars(evaluator, name)}
+    return {scalar for scalar in known if not scalar.startswith("keypoints/")}
 
 
 def evaluate(cfg, outputs):

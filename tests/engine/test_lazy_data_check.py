@@ -4,8 +4,9 @@ import pytest
 from detectron2 import model_zoo
 from detectron2.config import instantiate
 
-from coco_datasets import make_dataset, registered, rle
+from coco_datasets import CLASSES, make_dataset, registered, rle
 from mabn_d2.data import DataError
+from mabn_d2.engine import ConfigError
 from mabn_d2.engine.data_check import check_lazy_data
 
 MODELS = {
@@ -45,6 +46,22 @@ def test_lazy_config(model, data, tmp_path):
         check_lazy_data(cfg, train=False)
         loader = instantiate(cfg.dataloader.train.dataset)
         assert len(loader) == 6
+
+
+def test_best_metric(data, tmp_path):
+    with registered(tmp_path, data) as names:
+        cfg = lazy("mask_rcnn_fpn", names)
+        cfg.model.roi_heads.num_classes = 3
+        cfg.train = {"best_metric": "segm/APP"}
+        with pytest.raises(ConfigError, match="train.best_metric is 'segm/APP', which the eva"):
+            check_lazy_data(cfg)
+        check_lazy_data(cfg, train=False)
+        for metric in ("segm/APl", f"bbox/AP-{CLASSES[1]}", "validation/total_loss", "auto", ""):
+            cfg.train.best_metric = metric
+            check_lazy_data(cfg)
+        cfg.train.best_metric = "bbox/my_own"
+        cfg.dataloader.evaluator = [{"_target_": "builtins.dict"}]  # not known
+        check_lazy_data(cfg)
 
 
 def test_masks_and_classes(data, tmp_path):
