@@ -13,7 +13,7 @@ from paths import ROOT
 ORDER = [
     {"layers"},
     {"surgery"},
-    {"modeling", "checkpoint", "data", "config", "config_files", "safe_yaml", "solver", "predictor", "export", "visualization"},
+    {"modeling", "checkpoint", "data", "command_names", "config", "config_files", "safe_yaml", "solver", "predictor", "export", "visualization"},
     {"engine"},
     {"comparison", "classification", "benchmark"},
     {"commands"},

@@ -33,6 +33,7 @@ from ..benchmark.measure import CLOCKS
 from ..benchmark.norms import DETECTORS, STEPS, choose_norms, known_norms
 from ..benchmark.run import CASES, run_benchmark
 from ..checkpoint.io import check_writable
+from ..command_names import name_commands
 from ..engine import one_line_errors
 
 
@@ -61,7 +62,8 @@ def shapes(text: str) -> Sequence[tuple[int, ...]]:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=name_commands(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("what", choices=CASES)

@@ -20,6 +20,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..command_names import name_commands
 from ..comparison import compare
 from ..comparison.rows import DEFAULT_ROWS
 from ..config_files import find_config_file, get_config_file
@@ -31,7 +32,8 @@ CONFIG = "digits/compare_mask_rcnn_R10_FPN.yaml"
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=name_commands(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config-file", type=find_config_file, default=get_config_file(CONFIG), help="of all rows"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.engine import default_argument_parser, default_setup
 
+from ..command_names import name_commands
 from ..config_files import get_config_file
 from ..engine import Trainer, check_data, one_line_errors, setup_config
 from ..engine.report import report_run
@@ -22,8 +23,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.eval_only or args.num_gpus > 1 or args.num_machines > 1:
         parser.error(
-            "the demo trains in one process: use tools/train_net.py for --eval-only, several GPUs or "
-            "machines"
+            name_commands(
+                "the demo trains in one process: use tools/train_net.py for --eval-only, several GPUs "
+                "or machines"
+            )
         )
     return args
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from detectron2.utils.logger import setup_logger
 
+from ..command_names import name_commands
 from ..engine import one_line_errors, read_config
 from ..export import FORMATS, export_checkpoint
 from .predict import add_model_arguments, check_threshold
@@ -20,7 +21,8 @@ from .predict import add_model_arguments, check_threshold
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=name_commands(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, metavar="FILE")

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 from detectron2.engine import default_argument_parser
 
+from ..command_names import name_commands
 from ..config_files import find_config_file
 from ..engine import launch
 from ..engine.lazy_trainer import check, run
@@ -35,6 +36,6 @@ from ..engine.lazy_trainer import check, run
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Start the processes that train or evaluate."""
-    args = default_argument_parser(epilog=__doc__).parse_args(arguments)
+    args = default_argument_parser(epilog=name_commands(__doc__ or "")).parse_args(arguments)
     args.config_file = find_config_file(args.config_file)
     launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), check)

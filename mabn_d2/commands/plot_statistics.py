@@ -10,6 +10,7 @@ that an average over a window, unlike the EMA, follows the weights closely enoug
 import argparse
 from collections.abc import Sequence
 
+from ..command_names import name_commands
 from ..engine import one_line_errors
 from ..engine.statistics_plot import plot_statistics
 
@@ -17,7 +18,8 @@ from ..engine.statistics_plot import plot_statistics
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=name_commands(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training")
     parser.add_argument("--layer", help="name of a norm layer; default: the middle one logged")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.utils.logger import setup_logger
 
+from ..command_names import name_commands
 from ..config_files import find_config_file
 from ..engine import ConfigError, one_line_errors, read_config
 from ..engine.predict_files import find_images, predict_files
@@ -42,7 +43,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, threshold: float) -> No
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=name_commands(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", nargs="+", help="image files, folders, or patterns in quotes")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")

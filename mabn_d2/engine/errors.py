@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.utils import comm
 
 from ..checkpoint import CheckpointError
+from ..command_names import name_commands
 from ..data.errors import DataError, one_line
 from ..data.mapper import BadImageError
 from ..export import ExportError
@@ -56,7 +57,7 @@ def one_line_errors(*others: type[Exception]) -> Iterator[None]:
             raise
         if getattr(error, "said_elsewhere", False):  # by another process of this run
             sys.exit(1)
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {name_commands(str(error))}")
 
 
 def on_one_rank(function: Callable[[], Any]) -> None:

@@ -11,6 +11,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from ..command_names import name_commands
 from ..visualization import draw_predictions, plot_run
 from .hooks import BestCheckpoint
 
@@ -49,7 +50,7 @@ def report_run(trainer: DefaultTrainer) -> str:
         f"weights:  {weights}",
         f"predict:  tools/predict.py --checkpoint {shlex.quote(str(weights))} photos/*.jpg --output predictions",
     ]
-    return "\n".join(lines)
+    return name_commands("\n".join(lines))
 
 
 def ap_tables(dataset_name: str, results: dict[str, dict[str, float]]) -> str:
