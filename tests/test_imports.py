@@ -1,6 +1,7 @@
 """Imports point one way: commands -> engine -> data, modeling, checkpoint -> surgery -> layers -> torch."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_imports_point_one_way(path):
             assert RANK[other] <= RANK[own], module
         if RANK[own] <= RANK["surgery"]:
             assert module.split(".")[0] != "detectron2", module
+
+
+def test_no_package_imports_itself_by_way_of_others():
+    graph = {name: set() for name in RANK}
+    for path in MODULES:
+        own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if own in RANK:
+            graph[own] |= {part(module) for module in imported(path)} & RANK.keys() - {own}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_scripts_import_no_script():
