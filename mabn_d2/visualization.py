@@ -202,10 +202,14 @@ def plot_run(folder: str | PathLike, path: str | PathLike) -> None:
     """
     records = read_metrics(folder)
     names = {key for record in records for key in record}
+    # The evaluation behind the last iteration has the number of the one that would follow.
+    last = max((r["iteration"] for r in records if "total_loss" in r), default=math.inf)
 
     def plot(axes: Axes, name: str, label: str, **style: Any) -> None:
         points = [
-            (r["iteration"] + 1, r[name]) for r in records if math.isfinite(r.get(name, math.nan))
+            (min(r["iteration"], last) + 1, r[name])
+            for r in records
+            if math.isfinite(r.get(name, math.nan))
         ]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)

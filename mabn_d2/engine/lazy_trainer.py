@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 from detectron2.engine import HookBase, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -31,9 +32,11 @@ from .hooks import (
     EarlyStopping,
     KeepNewest,
     KeepRankStates,
+    LogSlowIterations,
     LogStatistics,
     StopOnSignal,
     TrainingStopped,
+    WriteEvaluations,
 )
 from .hooks.rank_states import restore_rank_states
 from .hooks.recalibrate import recalibrate_converted
@@ -171,7 +174,10 @@ def _evaluation_hooks(
         if settings.get("pictures", 0) > 0:
             chosen.append(DrawPredictions(pictures(cfg, bare), period))
         writers = default_writers(settings.output_dir, settings.max_iter)
+        chosen.append(WriteEvaluations(period, writers))
         chosen.append(hooks.PeriodicWriter(writers, period=settings.log_period))
+        printer = CommonMetricPrinter(settings.max_iter)
+        chosen.append(LogSlowIterations(printer, settings.log_period))
     patience = settings.get("early_stopping_patience", 0)
     if best is not None and patience > 0:
         key = "train.early_stopping_patience"

@@ -44,6 +44,7 @@ from .hooks import (
     StopOnSignal,
     SyncStatistics,
     TrainingStopped,
+    WriteEvaluations,
 )
 from .hooks.best_checkpoint import best_metric
 from .hooks.rank_states import restore_rank_states
@@ -220,7 +221,9 @@ class Trainer(DefaultTrainer):
                         lambda: prediction_pictures(self.cfg, model, test.PICTURES), period
                     )
                 )
-            chosen.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            writers = self.build_writers()
+            chosen.append(WriteEvaluations(period, writers))
+            chosen.append(hooks.PeriodicWriter(writers, period=20))
             chosen.append(LogSlowIterations(CommonMetricPrinter(self.max_iter)))
         if metric and self.cfg.SOLVER.EARLY_STOPPING_PATIENCE > 0:
             best = chosen[1]

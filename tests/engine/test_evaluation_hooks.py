@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from mabn_d2.engine.hooks import LogSlowIterations
 from mabn_d2.engine.hooks.best_checkpoint import best_metric
 from mabn_d2.engine.report import ap_tables, report_run
 from mabn_d2.engine.validation_loss import build_validation_loader, validation_losses
+from mabn_d2.visualization import plot_run, read_metrics
 from nested import flat
 from paths import ROOT
 
@@ -84,6 +86,20 @@ def test_best_checkpoint(cfg, values, best):
     }  # fmt: skip
     # A resumed run goes on from the last checkpoint.
     assert Path(cfg.OUTPUT_DIR, "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_each_evaluation_of_a_short_training_is_written_and_plotted(cfg):
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = 5, 2
+    told(cfg, 1, 3, 2).train()
+    found = {r["iteration"]: r["segm/AP"] for r in read_metrics(cfg.OUTPUT_DIR) if "segm/AP" in r}
+    assert found == {1: 1, 3: 3, 5: 2}
+    figures = []
+    with patch(
+        "mabn_d2.visualization.save_figure", lambda figure, *_, **__: figures.append(figure)
+    ):
+        plot_run(cfg.OUTPUT_DIR, "curves.png")
+    lines = {line.get_label(): line for axes in figures[0].axes for line in axes.lines}
+    assert list(lines["segm/AP"].get_xdata()) == [2, 4, 5]
 
 
 def test_nothing_finite_is_no_best(cfg):

@@ -236,6 +236,7 @@ def test_what_follows_from_an_evaluation(launcher, tmp_path):
     assert last["iteration"] + 1 == min(best["iterations"] + 2, 6) == best["evaluated"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert any({"validation/total_loss", "validation/loss_mask"} <= line.keys() for line in lines)
+    assert sum("segm/AP" in line for line in lines) == best["evaluated"]
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["predictions/0"]
 

@@ -10,6 +10,7 @@ from .rank_states import KeepRankStates
 from .recalibrate import RecalibrateMABN
 from .stop_on_signal import StopOnSignal
 from .sync_statistics import SyncStatistics
+from .write_evaluations import WriteEvaluations
 
 __all__ = [
     "BestCheckpoint",
@@ -23,4 +24,5 @@ __all__ = [
     "StopOnSignal",
     "SyncStatistics",
     "TrainingStopped",
+    "WriteEvaluations",
 ]
