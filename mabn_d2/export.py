@@ -133,6 +133,8 @@ def export_detector(
     examples: Sequence[torch.Tensor],
     class_names: Sequence[str] = (),
     channel_order: str = "BGR",
+    min_size: int | None = None,
+    max_size: int | None = None,
 ) -> str:
     """Write a folded detector to a file, after the file has given what the model gives.
 
@@ -143,7 +145,9 @@ def export_detector(
         examples: images (C, H, W) float32, 0-255. The first one is traced. The file is then
             compared with the model on all of them; images of several sizes show that the file
             takes any size.
-        class_names: written into the file, with `channel_order`.
+        class_names: written into the file, with `channel_order`, `min_size` and `max_size`.
+        min_size, max_size: pixels that the shorter side of an image gets before it goes in, and the
+            most that the longer side gets; 0: images are not resized.
 
     Returns:
         What was written, in one line; for "exported_program" it names what stops the whole model,
@@ -159,6 +163,8 @@ def export_detector(
     description = {
         "class_names": list(class_names),
         "channel_order": channel_order,
+        "min_size": min_size,
+        "max_size": max_size,
         "inputs": ["image"],
         "outputs": detector.output_names,
     }
@@ -225,8 +231,17 @@ def export_checkpoint(
             "resized, which a program of torch.export does not take: they are not compared; "
             "--image-size names the size"
         )
-    model, order = predictor.model, predictor.cfg.INPUT.FORMAT
-    return export_detector(model, format, output, examples, predictor.class_names, order)
+    settings = predictor.cfg.INPUT
+    return export_detector(
+        predictor.model,
+        format,
+        output,
+        examples,
+        predictor.class_names,
+        settings.FORMAT,
+        settings.MIN_SIZE_TEST,
+        settings.MAX_SIZE_TEST,
+    )
 
 
 def _check_output(output: Path, checkpoint: Path) -> None:

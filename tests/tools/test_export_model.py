@@ -1,6 +1,7 @@
 """Exported detectors give what the model gives, in a process without Detectron2."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from PIL import Image
 
 from commands import exit_line
 from detectors import narrow_cfg, randomized, scenes
@@ -96,6 +98,23 @@ def test_ten_scenes_and_another_size(checkpoint, suffix, format, tmp_path):
             assert mask.dtype == torch.bool and mask.shape == (len(boxes), *image.shape[1:])
             assert (mask != wanted).float().mean() < 1e-3
     assert objects > 50
+
+
+def test_the_example_of_the_docs_finds_what_the_predictor_finds(checkpoint, tmp_path, monkeypatch):
+    """The photo is wider than 4:3 and larger than the size of evaluation."""
+    image = scenes(1)[0]["image"][[2, 1, 0]].permute(1, 2, 0).numpy()
+    Image.fromarray(image).resize((600, 310)).save(tmp_path / "photo.jpg")
+    export_checkpoint(checkpoint, "onnx", tmp_path / "detector.onnx")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/export.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(example, names)
+    found = load_predictor(checkpoint, "cpu", 0.05)("photo.jpg")
+    assert len(found) == len(names["boxes"]) > 0
+    best = found.pred_boxes.tensor[0]
+    torch.testing.assert_close(torch.from_numpy(names["boxes"][0]), best, rtol=0, atol=2)
+    assert names["classes"][0] == found.pred_classes[0]
 
 
 @pytest.mark.slow
