@@ -1,4 +1,4 @@
-"""What is timed without Detectron2: stacks of one norm, and a ResNet-50 at inference."""
+"""Stacks of one norm, and a ResNet-50 at inference."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from tabulate import tabulate
 
-if TYPE_CHECKING:  # drawing only is slow to import
-    from matplotlib.axes import Axes
+from ..visualization import new_figure, save_figure
 
 HEADERS = "threads dtype format shape norm ms quartiles ratio quartiles peak-MiB 1/s".split()
 
@@ -30,8 +30,6 @@ def table(results: Sequence[dict]) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Draw time against size, and the ratios to the baseline, of all rows of a report."""
-    from ..visualization import new_figure, save_figure
-
     figure, (left, right) = new_figure(1, 2, size=(11, 4.2))
     rows, norms = report["results"], report["settings"]["norms"]
     _plot_times(left, rows, norms)

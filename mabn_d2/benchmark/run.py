@@ -2,44 +2,28 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
 from . import measure
-from .layer_cases import Case, inference_cases, layer_cases
+from .accumulation_cases import accumulation_cases
+from .detector_cases import detector_cases, step_cases
+from .layer_cases import inference_cases, layer_cases
 from .norms import baseline
 from .report import plot, table
 
 PASSES = 8  # over activations, forward and backward of a layer; a copy makes 2
 
 
-def _detector_cases(args: Namespace) -> Iterator[Case]:
-    from .detector_cases import detector_cases  # Detectron2 is needed for these only
-
-    return detector_cases(args)
-
-
-def _step_cases(args: Namespace) -> Iterator[Case]:
-    from .detector_cases import step_cases
-
-    return step_cases(args)
-
-
-def _accumulation_cases(args: Namespace) -> Iterator[Case]:
-    from .accumulation_cases import accumulation_cases
-
-    return accumulation_cases(args)
-
-
 # benchmark -> function from arguments to cases
 CASES = {
     "layer": layer_cases,
     "inference": inference_cases,
-    "detector": _detector_cases,
-    "step": _step_cases,
-    "accumulation": _accumulation_cases,
+    "detector": detector_cases,
+    "step": step_cases,
+    "accumulation": accumulation_cases,
 }
 
 

@@ -114,5 +114,6 @@ def test_source_that_does_not_answer_is_given_up_in_time():
         reason = tool.why_not_source(
             f"https://127.0.0.1:{silent.getsockname()[1]}/x.git", timeout=1
         )
-    assert "does not answer within 1 s" in reason or "git" in reason or "compiler" in reason
+    here = ("does not answer within 1 s", "git is not installed", "there is no C++ compiler")
+    assert any(words in reason for words in here)
     assert time.monotonic() - start < 20
