@@ -8,7 +8,7 @@ this package registers it there: the norm types "MABN" and "BRN", the backbones 
 from importlib.util import find_spec
 
 from .config_files import get_config_file
-from .layers import BatchRenorm2d, CenConv2d, MABN2d
+from .layers import BatchRenorm2d, CenConv2d, MABN2d, rescale_mabn_windows
 from .surgery.convert import convert_mabn
 from .surgery.fold import fold_mabn
 from .surgery.fuse_relu import fuse_relu, unfuse_relu
@@ -24,6 +24,7 @@ __all__ = [
     "fold_mabn",
     "fuse_relu",
     "get_config_file",
+    "rescale_mabn_windows",
     "unfuse_relu",
     "update_mabn_stats",
 ]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batches import micro_batches
 from ..data.seeding import mix
-from ..layers import BatchRenorm2d, MABN2d
+from ..layers import BatchRenorm2d, MABN2d, rescale_mabn_windows
 from .errors import DivergedError
 from .resume import parameter_names, with_current_settings
 
@@ -175,11 +175,7 @@ class GuardedTrainer(SimpleTrainer):
             )
 
     def _rescale_windows(self) -> None:
-        scale = self.grad_scaler.get_scale()
-        if scale != self.window_scale and self.norms:
-            factor = scale / self.window_scale
-            torch._foreach_mul_([norm.buffer_gz for norm in self.norms], factor)
-        self.window_scale = scale
+        self.window_scale = rescale_mabn_windows(self.model, self.grad_scaler, self.window_scale)
 
     def start_norm_schedules(self) -> None:
         """Let the schedules of MABN and BRN begin with this run, which resumes no other one.

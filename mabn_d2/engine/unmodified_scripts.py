@@ -9,11 +9,12 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.config.config import get_cfg as stock_get_cfg
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase
 from detectron2.solver import build_optimizer as stock_build_optimizer
 
 from ..checkpoint import SafeCheckpointer
 from ..config import add_mabn_config
+from ..layers import rescale_mabn_windows
 from ..safe_yaml import check_yaml
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
@@ -59,12 +60,14 @@ def extend_detectron2() -> None:
       another norm are refused, and checkpoints are written whole.
     - SOLVER.OPTIMIZER and CLIP_TYPE "full_model" take effect.
     - TEST.PRECISE_BN recalibrates MABN in DefaultTrainer too.
+    - MABN's gradient windows follow the loss scale of AMPTrainer.
     """
     _replace_in_detectron2(stock_get_cfg, get_cfg)
     _replace_in_detectron2(stock_build_optimizer, build_optimizer)
     _replace_in_detectron2(DetectionCheckpointer, SafeCheckpointer)
     CfgNode.merge_from_file = _read_safely(CfgNode.merge_from_file)
     DefaultTrainer.build_hooks = _with_recalibration(DefaultTrainer.build_hooks)
+    AMPTrainer.run_step = with_rescaled_windows(AMPTrainer.run_step)
 
 
 def _replace_in_detectron2(stock: Any, ours: Any) -> None:
@@ -111,3 +114,14 @@ def _with_recalibration(build_hooks: Callable) -> Callable:
         return hooks
 
     return build
+
+
+def with_rescaled_windows(run_step: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return AMPTrainer's `run_step`, which ends with an update of the loss scale, and what follows it."""
+
+    @functools.wraps(run_step)
+    def run(self: AMPTrainer) -> None:
+        run_step(self)
+        rescale_mabn_windows(self.model, self.grad_scaler)
+
+    return run

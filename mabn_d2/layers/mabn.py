@@ -70,7 +70,8 @@ class MABN2d(ConfigurableNorm):
     State: `weight`, `bias`, `running_var` (C,); the windows `buffer_x2`, `buffer_gz` (m, C); the
     counter `iters` (1,). Statistics stay float32 (float64 in a float64 module) under `.half()`.
     `load_state_dict` takes the published layer's state, in any of its shapes. Windows that do not fit
-    are refilled: they and the counter start over together, running_var stays.
+    are refilled: they and the counter start over together, running_var stays. Under a GradScaler
+    call `rescale_mabn_windows` after each `update`: buffer_gz has the scale of the loss.
 
     What moves the state: a forward in training mode with gradients enabled, whether or not a
     backward follows. What does not: evaluation mode; `torch.no_grad` and `inference_mode`
@@ -99,6 +100,8 @@ class MABN2d(ConfigurableNorm):
 
     split_batch = False
     _version = 2
+    # The loss scale of what is in buffer_gz, None if not known: see loss_scale.py.
+    _window_scale: float | None = None
 
     eps: float
     momentum: float
@@ -390,6 +393,7 @@ class MABN2d(ConfigurableNorm):
         if prefix + "running_var" in state_dict:  # else the caller hears what is missing
             self._fit_windows(state_dict, prefix)
         self._forget_forwards()
+        self._window_scale = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -8,6 +8,8 @@ import sys
 import torch
 from detectron2.data import DatasetCatalog
 
+from mabn_d2 import MABN2d
+from mabn_d2.engine.unmodified_scripts import with_rescaled_windows
 from paths import ROOT
 
 # What Detectron2's own tools/train_net.py does; it knows nothing of this package.
@@ -27,6 +29,8 @@ cfg.merge_from_list(sys.argv[2:])
 trainer = DefaultTrainer(cfg)
 trainer.resume_or_load(resume=False)
 trainer.train()
+from detectron2.engine import AMPTrainer
+print("scaled windows:", hasattr(AMPTrainer.run_step, "__wrapped__"))
 """
 
 
@@ -53,6 +57,7 @@ def test_a_run_from_its_own_config(digits_cfg, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "recalibrating MABN on 1 batches" in done.stdout
     assert "DefaultTrainer does not read DATALOADER.BAD_INPUT: use mabn_d2" in done.stdout
+    assert "scaled windows: True" in done.stdout
     state = torch.load(tmp_path / "output/model_final.pth", weights_only=False)["model"]
     assert not state["backbone.bottom_up.stem.conv1.norm.running_var"].eq(1).any()
     # Weights of another norm.
@@ -60,6 +65,26 @@ def test_a_run_from_its_own_config(digits_cfg, tmp_path):
     torch.save({"model": state}, tmp_path / "bn.pth")
     done = run(SCRIPT.format(data=str(data)), config, "MODEL.WEIGHTS", tmp_path / "bn.pth")
     assert done.returncode == 1 and "BatchNorm where the model has MABN" in done.stderr
+
+
+def test_windows_follow_the_loss_scale():
+    class Run:  # AMPTrainer needs CUDA
+        model = MABN2d(3)
+        grad_scaler = torch.amp.GradScaler("cpu", 4.0, growth_interval=1)
+
+        @with_rescaled_windows
+        def run_step(self):
+            optimizer = torch.optim.SGD(self.model.parameters(), 0.0)
+            y = self.model(torch.randn(2, 3, 4, 4, requires_grad=True))
+            self.grad_scaler.scale(y.sin().sum()).backward()
+            self.written = self.model.buffer_gz.clone()
+            self.grad_scaler.step(optimizer)
+            self.grad_scaler.update()
+
+    run = Run()
+    for _ in range(2):
+        run.run_step()
+        assert run.written.any() and torch.equal(run.model.buffer_gz, 2 * run.written)
 
 
 class Hostile:
