@@ -105,3 +105,24 @@ def test_one_image_with_a_concatenation_behind(name):
     y = torch.cat([layer(x), F.interpolate(small, (6, 5)), x], 1)
     y.square().sum().backward()
     assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_size, dy_size", [(150, 1), (1e-2, 1e-5)])
+def test_half_precision_of_any_size(name, dtype, x_size, dy_size):
+    """Squares and products leave the range of float16, or lose digits, long before their float32 sums."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    twin = copy.deepcopy(layer)
+    for _ in range(3):
+        x, dy = torch.randn(2, 4, C, 6, 5)
+        x, dy = (x * x_size).to(dtype), (dy * dy_size).to(dtype)
+        layer(x.contiguous(memory_format=CHANNELS_LAST)).backward(
+            dy.contiguous(memory_format=CHANNELS_LAST)
+        )
+        twin(x).backward(dy)
+    for a, b in zip(layer.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * dy_size)

@@ -68,13 +68,14 @@ def product_sums(
         products, totals = _product_sums(_images_as_channels(dy), _images_as_channels(x))
         return products.view(n, c), totals.view(n, c)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.mul(dy, x).sum((2, 3), dtype=dtype), dy.sum((2, 3), dtype=dtype)
+    # Products in half precision overflow, or lose digits, before they are summed.
+    return torch.mul(dy.to(dtype), x.to(dtype)).sum((2, 3)), dy.sum((2, 3), dtype=dtype)
 
 
 def square_sums(x: torch.Tensor, per_image: bool = False) -> torch.Tensor:
     """Return sum(x^2) over N, H, W as (C,), or over H, W as (N, C) if `per_image`."""
     if per_image and not x.is_contiguous():
-        return x.square().sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum((2, 3))
     return product_sums(x, x, per_image)[0]
 
 
