@@ -320,9 +320,10 @@ class MABN2d(ConfigurableNorm):
         """Repeat a forward for activation checkpointing; return None if x is like none on record.
 
         The record is found on the device: that whose x2 is nearest. If the same input came several
-        times, it is the one that was repeated least often, of these the newest, because a backward
-        runs through the forwards in reverse. A forward without gradients was not counted, such as the
-        first one of reentrant checkpointing: it is now.
+        times, it is one that was counted, unless checkpointing is reentrant, of these the one that
+        was repeated least often, of these the newest, because a backward runs through the forwards
+        in reverse. A forward without gradients was not counted, such as the first one of reentrant
+        checkpointing: it is now.
         """
         with torch.no_grad():
             x2 = mean_square(backend, x, self._group_size)
@@ -338,7 +339,9 @@ class MABN2d(ConfigurableNorm):
             times = torch.cat(
                 [never if (n := self._repetitions[i]) is None else n for i in records]
             )
-            nearest = torch.where(distance == distance.min(), times, torch.inf).argmin(
+            # Those last that can't be the forward, such as an evaluation of the same input.
+            order = times + (stacked.counted.flatten() == _is_reentrant()) * 1e6
+            nearest = torch.where(distance == distance.min(), order, torch.inf).argmin(
                 0, keepdim=True
             )
             for i, repeated in zip(
@@ -470,3 +473,13 @@ MABN2d.FORMS[False] = MABN2d
 def _in_backward() -> bool:
     """Return whether a backward runs: a forward there is one that activation checkpointing repeats."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_reentrant() -> bool:
+    """Return whether it is reentrant checkpointing that repeats a forward in this backward.
+
+    That is done by the backward of a function, whose forward ran without gradients. Otherwise it is
+    done where the backward of something else needs a tensor.
+    """
+    node = torch._C._current_autograd_node()
+    return node is not None and "CheckpointFunction" in node.name()

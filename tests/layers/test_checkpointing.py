@@ -176,3 +176,31 @@ def test_the_same_input_again(operators, split_batch, times):
             assert_close(a.grad, b.grad, torch.float32, factor=10)
         for a, b in zip(net.buffers(), plain.buffers(), strict=True):
             assert_close(a, b, torch.float32 if a.is_floating_point() else torch.float64)
+
+
+@pytest.mark.parametrize("split_batch", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("between", [True, False])
+def test_the_same_input_without_gradients(operators, split_batch, use_reentrant, between):
+    """A metric of the batch, in training mode: it was not counted, and what is repeated counts once."""
+    settings = {"simulated_batch_size": 6, "warmup_iters": 2, "split_batch": split_batch}
+    net = nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4, **settings))
+    plain = copy.deepcopy(net)
+    for _ in range(4):
+        x = torch.randn(4, 3, 9, 8, requires_grad=True)
+        for model, run in (
+            (plain, plain),
+            (net, lambda x: checkpoint(net, x, use_reentrant=use_reentrant)),
+        ):
+            model.zero_grad()
+            if not between:  # counted, and not repeated
+                model(x).sum()
+            loss = run(x).sin().sum()
+            if between:
+                with torch.no_grad():
+                    model(x)
+            loss.backward()
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            assert_close(a.grad, b.grad, torch.float32, factor=10)
+        for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+            assert_close(a, b, torch.float32 if a.is_floating_point() else torch.float64)
