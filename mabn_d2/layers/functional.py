@@ -96,6 +96,21 @@ def advance(
     return var, r, slot, use_batch_stats
 
 
+def in_backward() -> bool:
+    """Return whether a backward runs: a forward there is one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_reentrant() -> bool:
+    """Return whether it is reentrant checkpointing that repeats a forward in this backward.
+
+    That is done by the backward of a function, whose forward ran without gradients. Otherwise it is
+    done where the backward of something else needs a tensor.
+    """
+    node = torch._C._current_autograd_node()
+    return node is not None and "CheckpointFunction" in node.name()
+
+
 def refusing_repetition(advance: Callable[..., Any]) -> Callable[..., Any]:
     """Let `advance` raise RuntimeError where compiled code repeats it for activation checkpointing.
 
@@ -107,10 +122,11 @@ def refusing_repetition(advance: Callable[..., Any]) -> Callable[..., Any]:
     def checked(
         x2: torch.Tensor, accepted: torch.Tensor, buffer_x2: torch.Tensor, *arguments: Any
     ) -> Any:
-        in_backward = torch._C._current_graph_task_id() != -1
-        # A forward without gradients, such as the first one of reentrant checkpointing, has moved
-        # nothing: its repetition is the first time.
-        if in_backward and torch.isclose(buffer_x2, x2[-1:] if x2.dim() > 1 else x2).all(1).any():
+        # The first forward of reentrant checkpointing runs without gradients and has moved nothing: its
+        # repetition is the first time, also of a batch that an earlier iteration had.
+        newest = x2[-1:] if x2.dim() > 1 else x2
+        repeats = in_backward() and not is_reentrant()
+        if repeats and torch.isclose(buffer_x2, newest).all(1).any():
             raise RuntimeError(
                 "MABN2d can't be repeated by activation checkpointing under torch.compile: it would "
                 "count a batch twice; checkpoint with use_reentrant=True around the compiled module, "

@@ -287,7 +287,7 @@ class MABN2d(ConfigurableNorm):
             return functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps, relu)
         x = dense(x)
         backend = select_backend(x, self.buffer_x2, split_batch=self.split_batch)
-        if not torch.compiler.is_compiling() and self._records and _in_backward():
+        if not torch.compiler.is_compiling() and self._records and functional.in_backward():
             y = self._repeat(backend, x)
             if y is not None:
                 return y
@@ -340,7 +340,8 @@ class MABN2d(ConfigurableNorm):
                 [never if (n := self._repetitions[i]) is None else n for i in records]
             )
             # Those last that can't be the forward, such as an evaluation of the same input.
-            order = times + (stacked.counted.flatten() == _is_reentrant()) * 1e6
+            reentrant = functional.is_reentrant()
+            order = times + (stacked.counted.flatten() == reentrant) * 1e6
             nearest = torch.where(distance == distance.min(), order, torch.inf).argmin(
                 0, keepdim=True
             )
@@ -468,18 +469,3 @@ class MABN2d(ConfigurableNorm):
 
 
 MABN2d.FORMS[False] = MABN2d
-
-
-def _in_backward() -> bool:
-    """Return whether a backward runs: a forward there is one that activation checkpointing repeats."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _is_reentrant() -> bool:
-    """Return whether it is reentrant checkpointing that repeats a forward in this backward.
-
-    That is done by the backward of a function, whose forward ran without gradients. Otherwise it is
-    done where the backward of something else needs a tensor.
-    """
-    node = torch._C._current_autograd_node()
-    return node is not None and "CheckpointFunction" in node.name()
