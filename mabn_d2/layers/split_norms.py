@@ -35,6 +35,17 @@ class SplitMABN2d(MABN2d):
     WINDOW_KEYS: ClassVar[dict[str, str]] = {"buffer_x2": "pre_x2", "buffer_gz": "pre_gz"}
     split_batch = True
 
+    # torch.distributed.checkpoint needs an attribute for each key of the state dict.
+    @property
+    def pre_x2(self) -> torch.Tensor:
+        """`buffer_x2` by its published name."""
+        return self.buffer_x2
+
+    @property
+    def pre_gz(self) -> torch.Tensor:
+        """`buffer_gz` by its published name."""
+        return self.buffer_gz
+
     def _thresholds(self, window: int) -> tuple[int, int]:
         return 1, self.warmup_iters - 1
 

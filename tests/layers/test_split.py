@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from mabn_d2.layers import MABN2d
@@ -171,6 +172,15 @@ def test_state_has_the_published_keys_and_shapes():
     twin.load_state_dict(copy.deepcopy(state))
     x = torch.randn(8, 3, 4, 5, dtype=torch.float64)
     assert torch.equal(twin(x), layer(x))
+
+
+def test_distributed_checkpoints():
+    """torch.distributed.checkpoint finds a tensor by each key of the state dict."""
+    layer, other = make_layer(), make_layer()
+    layer(torch.randn(6, 3, 5, 4, requires_grad=True)).sin().sum().backward()
+    set_model_state_dict(other, get_model_state_dict(layer))
+    for value, wanted in zip(other.state_dict().values(), layer.state_dict().values(), strict=True):
+        assert torch.equal(value, wanted)
 
 
 def test_windows_of_another_form_or_length_start_empty(caplog):
