@@ -286,7 +286,7 @@ class MABN2d(ConfigurableNorm):
         if not (self.training and self.weight.requires_grad) or x.numel() == 0:
             return functional.mabn_eval(x, self.weight, self.bias, self.running_var, self.eps, relu)
         x = dense(x)
-        backend = select_backend(x, self.buffer_x2, split_batch=self.split_batch)
+        backend = select_backend(x, self.buffer_x2)
         if not torch.compiler.is_compiling() and self._records and functional.in_backward():
             y = self._repeat(backend, x)
             if y is not None:

@@ -43,7 +43,7 @@ def test_one_backend_takes_all_tensors_of_a_layer():
     assert select_backend(x, wide) is torch_ops
     assert select_backend(torch.ones(1, 2, 3, 3, device="meta")) is torch_ops
     if cpu_ops.OPERATORS is not None:
-        assert select_backend(x) is select_backend(x, x, split_batch=True) is cpu_ops
+        assert select_backend(x) is select_backend(x, x) is cpu_ops
 
 
 def test_every_backend_has_the_same_functions():

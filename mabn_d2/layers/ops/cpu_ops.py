@@ -45,12 +45,11 @@ def unavailable() -> str | None:
     return "the compiled operators are not installed" if OPERATORS is None else None
 
 
-def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> str | None:
+def unsupported(*tensors: torch.Tensor) -> str | None:
     """Return why the backend cannot take activations and windows like these, or None if it can.
 
     Args:
         tensors: the activation first, dense and not empty.
-        split_batch: whether `mabn` is wanted with a batch_size.
     """
     for x in tensors:  # not any(...): this is part of each forward
         if x.device.type != "cpu":

@@ -21,19 +21,18 @@ _logger = logging.getLogger(__name__)
 _logged: set[tuple[torch.device, str | None]] = set()
 
 
-def select_backend(x: torch.Tensor, *others: torch.Tensor, split_batch: bool = False) -> ModuleType:
+def select_backend(x: torch.Tensor, *others: torch.Tensor) -> ModuleType:
     """Return the backend that runs an activation; log the choice once per device and reason.
 
     Args:
         x: (N, C, H, W), dense and not empty.
         others: tensors of the state, which the backend must take too.
-        split_batch: whether `mabn` is wanted with a batch_size.
     """
     if torch.compiler.is_compiling():
         return torch_ops  # the compiler fuses torch's own kernels
     fastest, reason = _fastest(x.device.type)
     if fastest is not None and reason is None:
-        reason = fastest.unavailable() or fastest.unsupported(x, *others, split_batch=split_batch)
+        reason = fastest.unavailable() or fastest.unsupported(x, *others)
     backend = torch_ops if fastest is None or reason is not None else fastest
     key = (x.device, reason)
     if key not in _logged:

@@ -33,8 +33,8 @@ def unavailable() -> None:
     """Return None: this backend is always there."""
 
 
-def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> None:
-    """Return None: this backend takes every tensor, and has the split form."""
+def unsupported(*tensors: torch.Tensor) -> None:
+    """Return None: this backend takes every tensor."""
 
 
 def mabn(

@@ -30,12 +30,11 @@ NAME = "Triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unsupported(*tensors: torch.Tensor, split_batch: bool = False) -> str | None:
+def unsupported(*tensors: torch.Tensor) -> str | None:
     """Return why the backend cannot take activations, vectors and windows like these, or None.
 
     Args:
         tensors: the activation first, dense and not empty.
-        split_batch: whether `mabn` is wanted with a batch_size, which makes no difference here.
     """
     device = tensors[0].device
     for x in tensors:
