@@ -184,10 +184,11 @@ class LogStatistics(HookBase):
             axes = (0, 2, 3)
             scale: torch.Tensor | float
             if isinstance(layer, MABN2d):
-                if layer.last is None:  # frozen
+                last = layer.last  # computed from the layer's records at each use
+                if last is None:  # frozen
                     return
-                var, r = layer.last.var, layer.last.r
-                mean, scale = torch.zeros_like(var), layer.weight.detach() * r
+                var = last.var
+                mean, scale = torch.zeros_like(var), layer.weight.detach() * last.r
             else:
                 var, mean = torch.var_mean(x.float(), axes, correction=0)
                 weight = layer._parameters.get("weight")  # None with affine=False
@@ -196,15 +197,16 @@ class LogStatistics(HookBase):
                 push("var", var)
 
             def backward(dy: torch.Tensor) -> None:
-                dy = dy.float() / self._scale(dy.device)
+                dy = dy.float()
                 if getattr(layer, "activation", None):
                     dy = dy * (y.detach() > 0)
                 z = (x - mean[:, None, None]) * (var + getattr(layer, "eps", 0.0)).rsqrt()[
                     :, None, None
                 ]
+                unscaled = scale / self._scale(dy.device)
                 if not isinstance(layer, MABN2d):
-                    push("g", dy.mean(axes) * scale)
-                push("psi", (dy * z).mean(axes) * scale)
+                    push("g", dy.mean(axes) * unscaled)
+                push("psi", (dy * z).mean(axes) * unscaled)
 
             y.register_hook(backward)
 
