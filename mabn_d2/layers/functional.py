@@ -137,26 +137,34 @@ def refusing_repetition(advance: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-# For torch.compile: its partitioner would compute r again in the backward, from a running_var that
-# has moved since. It keeps the results of a custom operator.
-advance_op = torch.library.custom_op(
-    "mabn_d2::advance",
-    refusing_repetition(advance),
-    mutates_args=("buffer_x2", "running_var", "iters"),
-)
+def compiled_op(advance: Callable[..., Any]) -> Any:
+    """Return `advance`, or its form for groups, as a custom operator for torch.compile.
+
+    The compiler's partitioner would compute r again in the backward, from a running_var that has moved
+    since. It keeps the results of a custom operator.
+    """
+    op = torch.library.custom_op(
+        f"mabn_d2::{advance.__name__}",
+        refusing_repetition(advance),
+        mutates_args=("buffer_x2", "running_var", "iters"),
+    )
+
+    @op.register_fake
+    def _(
+        x2: torch.Tensor,
+        accepted: torch.Tensor,
+        buffer_x2: torch.Tensor,
+        running_var: torch.Tensor,
+        iters: torch.Tensor,
+        *arguments: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        slot = torch.empty_like(iters)
+        return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
+
+    return op
 
 
-@advance_op.register_fake
-def _(
-    x2: torch.Tensor,
-    accepted: torch.Tensor,
-    buffer_x2: torch.Tensor,
-    running_var: torch.Tensor,
-    iters: torch.Tensor,
-    *arguments: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    slot = torch.empty_like(iters)
-    return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
+advance_op = compiled_op(advance)
 
 
 def scales(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .functional import is_finite, refusing_repetition, renorm, scales
+from .functional import compiled_op, is_finite, renorm, scales
 from .ops import torch_passes
 from .ops.memory_format import dense_like
 from .ops.second_backward import refuse_second_backward
@@ -123,25 +123,7 @@ def advance_groups(
     return var, r, t % len(buffer_x2), first
 
 
-# A custom operator for torch.compile, for the reason given at `functional.advance_op`.
-advance_groups_op = torch.library.custom_op(
-    "mabn_d2::advance_groups",
-    refusing_repetition(advance_groups),
-    mutates_args=("buffer_x2", "running_var", "iters"),
-)
-
-
-@advance_groups_op.register_fake
-def _(
-    x2: torch.Tensor,
-    accepted: torch.Tensor,
-    buffer_x2: torch.Tensor,
-    running_var: torch.Tensor,
-    iters: torch.Tensor,
-    *arguments: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    slot = torch.empty_like(iters)
-    return torch.empty_like(x2), torch.empty_like(x2), slot, torch.empty_like(accepted)
+advance_groups_op = compiled_op(advance_groups)
 
 
 class _MABNGroups(torch.autograd.Function):
