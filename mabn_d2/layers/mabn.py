@@ -99,6 +99,9 @@ class MABN2d(ConfigurableNorm):
     FORMS: ClassVar[dict[bool, type["MABN2d"]]] = {}
 
     split_batch = False
+    # eps of the stock norm that a fold becomes: a state dict can't tell it. `convert_mabn` sets it to
+    # that of the BatchNorm; what is built with MABN has Detectron2's and torch's default.
+    stock_eps: float = 1e-5
     _version = 2
     # The loss scale of what is in buffer_gz, None if not known: see loss_scale.py.
     _window_scale: float | None = None

@@ -42,7 +42,8 @@ def mabn_like(norm: nn.Module, settings: dict[str, Any]) -> nn.Module:
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     if weight is None or bias is None:
         raise ValueError("it has no weight or no bias (affine=False), which MABN always has")
-    settings = {"eps": levels[0].eps} | settings
+    eps: float = vars(levels[0])["eps"]
+    settings = {"eps": eps} | settings
     split = bool(settings.pop("split_batch", False))
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     new: nn.Module
@@ -62,6 +63,7 @@ def mabn_like(norm: nn.Module, settings: dict[str, Any]) -> nn.Module:
         new = PerLevelNorm(new, len(levels))
     layers = [module for module in new.modules() if isinstance(module, MABN2d)]
     for layer, old in zip(layers, levels, strict=True):
+        layer.stock_eps = eps
         if isinstance(old.running_var, torch.Tensor):
             layer.running_var.copy_(old.running_var)
     return new.train(norm.training)

@@ -42,7 +42,8 @@ def fold_mabn(model: nn.Module, into: str = "frozen_bn", example_inputs: Any = N
         into: What MABN becomes.
 
             - "frozen_bn": a FrozenBatchNorm2d in its place (Detectron2's class, or torchvision's if
-              Detectron2 is not installed). Outputs stay the same bit for bit.
+              Detectron2 is not installed). Outputs stay the same bit for bit if the eps of MABN is
+              that of the stock layer, otherwise up to rounding.
             - "batch_norm": a BatchNorm2d with the mean 0, or timm's BatchNormAct2d if it was
               converted from one. A stock model of torchvision, timm or
               segmentation_models_pytorch loads the state dict strictly:
@@ -56,6 +57,8 @@ def fold_mabn(model: nn.Module, into: str = "frozen_bn", example_inputs: Any = N
               for it needs "frozen_bn" there (`fold_detector`).
 
             A PerLevelNorm becomes a CycleBatchNormList each time; it is for evaluation like the rest.
+            Stock layers have the eps of the BatchNorm that `convert_mabn` found, otherwise 1e-5,
+            because a state dict does not hold it; `running_var` makes up for another eps of MABN.
         example_inputs: for "conv", the arguments of the model, a tuple, or its only argument. A
             forward on them shows who uses the outputs of the convolutions, where neither the
             structure of the model nor a symbolic trace does.
@@ -147,6 +150,23 @@ def _behind(norm: MABN2d) -> tuple[nn.Module, nn.Module] | None:
     return (nn.Identity(), nn.ReLU()) if norm.activation else None
 
 
+def stock_values(norm: MABN2d) -> dict[str, torch.Tensor]:
+    """Return what a stock norm with the eps `norm.stock_eps` needs to compute the same.
+
+    Returns:
+        "weight", "bias" and "running_var", each (C,). They are those of `norm` if it has this eps,
+        otherwise running_var is R + eps - stock_eps; where that is negative, it is 0 and the weight
+        has the rest of the factor.
+    """
+    values = {name: getattr(norm, name).detach() for name in ("weight", "bias", "running_var")}
+    if norm.eps != norm.stock_eps:
+        total = values["running_var"].double() + norm.eps
+        values["running_var"] = (total - norm.stock_eps).clamp(min=0)
+        factor = (values["running_var"] + norm.stock_eps) / total
+        values["weight"] = values["weight"].double() * factor.sqrt()
+    return values
+
+
 def _frozen(norm: MABN2d) -> nn.Module:
     if "frozen_bn" not in STOCK:
         from .frozen_batch_norm import KINDS
@@ -155,14 +175,12 @@ def _frozen(norm: MABN2d) -> nn.Module:
     plain, with_act = STOCK["frozen_bn"]
     behind = _behind(norm)
     new = (
-        with_act(norm.num_features, norm.eps, *behind)
+        with_act(norm.num_features, norm.stock_eps, *behind)
         if behind
-        else plain(norm.num_features, norm.eps)
+        else plain(norm.num_features, norm.stock_eps)
     )
-    with torch.no_grad():
-        for name in ("weight", "bias", "running_var"):
-            value = getattr(norm, name)
-            setattr(new, name, value.detach().to(norm.running_var.dtype, copy=True))
+    for name, value in stock_values(norm).items():
+        setattr(new, name, value.to(norm.running_var.dtype, copy=True))
     new.running_mean = torch.zeros_like(new.running_var)
     return new.train(norm.training)
 
@@ -171,11 +189,11 @@ def _batch_norm(norm: MABN2d) -> nn.Module:
     like: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
     behind = _behind(norm)
     new: nn.Module
-    new = stock = nn.BatchNorm2d(norm.num_features, norm.eps, **like)
+    new = stock = nn.BatchNorm2d(norm.num_features, norm.stock_eps, **like)
     if isinstance(norm, MABNAct2d):
         new = copy.copy(norm.stock)
         vars(new).update(
-            eps=norm.eps,
+            eps=norm.stock_eps,
             num_features=norm.num_features,
             affine=True,
             track_running_stats=True,
@@ -188,8 +206,7 @@ def _batch_norm(norm: MABN2d) -> nn.Module:
             "nn.BatchNorm2d can't apply the ReLU of MABN2d(activation=\"relu\"): use into='frozen_bn'"
         )
     with torch.no_grad():
-        for name in ("weight", "bias", "running_var"):
-            value = getattr(norm, name)
+        for name, value in stock_values(norm).items():
             getattr(new, name).copy_(value)
             if value.isfinite().all() and not getattr(new, name).isfinite().all():
                 raise ValueError(

@@ -1,5 +1,6 @@
 """surgery/fold.py."""
 
+import copy
 import subprocess
 import sys
 
@@ -10,11 +11,11 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
-from mabn_d2 import CheckpointError, add_mabn_config, fold_mabn
+from mabn_d2 import CheckpointError, add_mabn_config, convert_mabn, fold_mabn
 from mabn_d2.checkpoint import fold_detector
 from mabn_d2.layers import CenConv2d, MABN2d
 from mabn_d2.modeling.convolutions import CenNormConv2d
-from mabn_d2.modeling.norm import build_model
+from mabn_d2.modeling.norm import build_model, detectron2_build_model
 from paths import ROOT
 
 STOCK = """
@@ -116,20 +117,54 @@ def test_detector(into):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("eps", [1e-3, 1e-7])
+@pytest.mark.parametrize("stock_eps", [1e-5, 1e-2])
+def test_stock_model_has_its_own_eps(eps, stock_eps):
+    """The eps is in no state dict: here it matters for one norm, whose variances are small."""
+    cfg = narrow_cfg()
+    cfg.MODEL.MABN.EPS = eps
+    model = randomized(build_model(cfg))
+    small = model.backbone.bottom_up.res2[0].conv2.norm
+    small.running_var.copy_(torch.tensor([0.0, 1e-8, 1e-4, 1.0]))
+    folded, stock = fold_detector(model, cfg)
+    plain = detectron2_build_model(stock).eval()
+    plain.load_state_dict(folded.state_dict(), strict=True)
+
+    converted = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=stock_eps))
+    net = randomized(convert_mabn(copy.deepcopy(converted), eps=eps))
+    net[1].running_var.copy_(small.running_var)
+    converted.load_state_dict(fold_mabn(net, "batch_norm").state_dict(), strict=True)
+
+    x = torch.randn(1, 3, 32, 32)
+    for name, expected in model.backbone(x).items():
+        torch.testing.assert_close(plain.backbone(x)[name], expected, rtol=1e-4, atol=1e-4)
+    for found in (converted.eval(), fold_mabn(net), fold_mabn(net, "batch_norm")):
+        assert found[1].eps == stock_eps and found[1].running_var.min() >= 0
+        torch.testing.assert_close(found(x), net(x), rtol=1e-5, atol=1e-5 * net(x).abs().max())
+    net[1].eps = stock_eps
+    assert torch.equal(fold_mabn(net)(x), net(x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("into", ["frozen_bn", "conv"])
-def test_statistics_of_each_level(into):
+def test_statistics_of_each_level(into, caplog):
     """RetinaNet's head: strict keys are `fold_detector`'s own check; here the values."""
     cfg = get_cfg()
     add_mabn_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs/retinanet_R50_FPN_mabn_2x.yaml"))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.MODEL.MABN.EPS = 1e-3 if into == "conv" else 1e-7
     model = randomized(build_model(cfg))
     folded, stock = fold_detector(model, cfg, into)
-    assert stock.MODEL.RETINANET.NORM == "BN"
+    assert stock.MODEL.RETINANET.NORM == "BN" and not caplog.text
+    assert {m.eps for m in folded.head.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
     features = [torch.randn(1, 256, size, size) for size in (16, 8, 4, 2, 1)]
     for found, expected in zip(folded.head(features), model.head(features), strict=True):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    model.head.cls_subnet[1][0].running_var[:7] = 0
+    fold_mabn(model.head.cls_subnet)
+    assert caplog.text.count("smaller outputs in 7 channels") == (into == "frozen_bn")
 
 
 @torch.no_grad()
