@@ -62,7 +62,7 @@ def get_norm(norm: str | Callable[[int], nn.Module], out_channels: int) -> nn.Mo
     if isinstance(norm, str) and norm in NORMS:
         return new_norm(norm, out_channels)
     try:
-        return detectron2_get_norm(norm, out_channels)
+        layer = detectron2_get_norm(norm, out_channels)
     except KeyError as error:
         if not isinstance(norm, str):
             raise
@@ -70,6 +70,9 @@ def get_norm(norm: str | Callable[[int], nn.Module], out_channels: int) -> nn.Mo
         raise KeyError(
             f"unknown norm {norm!r}: use {names}, or one that detectron2.layers.get_norm lists"
         ) from error
+    if isinstance(layer, _CENTRED_FOR):  # from the caller's function
+        layer.register_forward_pre_hook(_refuse)
+    return layer
 
 
 def new_norm(name: str, num_features: int, split: bool = False, **settings: Any) -> nn.Module:
@@ -89,6 +92,9 @@ def new_norm(name: str, num_features: int, split: bool = False, **settings: Any)
     if row.needs_centring:
         layer.register_forward_pre_hook(_refuse)
     return layer
+
+
+_CENTRED_FOR = tuple(row.layer for row in NORMS.values() if row.needs_centring)
 
 
 def _refuse(layer: nn.Module, args: tuple[Any, ...]) -> NoReturn:

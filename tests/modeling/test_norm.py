@@ -156,6 +156,21 @@ def test_first_training_forward_checks_pairs_by_registration():
     assert not stem.conv1.norm._forward_pre_hooks and not stem.conv1._forward_hooks
 
 
+@pytest.mark.parametrize(
+    "norm", [MABN2d, lambda c: MABN2d(c, split_batch=True), lambda c: get_norm("MABN", c)]
+)
+def test_norms_from_a_function_are_those_from_the_name(norm):
+    block = BottleneckBlock(8, 16, bottleneck_channels=4, norm=norm)
+    named = BottleneckBlock(8, 16, bottleneck_channels=4, norm="MABN")
+    mabn_d2.configure_mabn(block, split_batch=False)
+    assert str(block) == str(named) and isinstance(block.conv1, CenNormConv2d)
+    named.load_state_dict(block.state_dict(), strict=True)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(block(x), named(x))
+    with pytest.raises(ValueError, match="0 in .*ModuleList"):
+        mabn_d2.configure_mabn(nn.ModuleList([get_norm(norm, 4)]))
+
+
 def test_layers_made_directly_are_left_alone():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), MABN2d(4))
     assert type(net[0]) is nn.Conv2d

@@ -156,6 +156,28 @@ def test_warns_that_statistics_are_not_its_own(caplog):
     assert "1 norms are MABN now" in caplog.text and "before evaluating" in caplog.text
 
 
+def test_mabn_that_is_there_already(caplog):
+    """torchvision takes the class; its convolutions are not centred by that."""
+    torch.manual_seed(0)
+    model = resnet18(norm_layer=MABN2d)
+    model.layer1[0].conv1.bias = nn.Parameter(torch.ones(64))
+    convert_mabn(model, batch_size=4, simulated_batch_size=8)
+    assert kinds(model) == {CenConv2d: 20, MABN2d: 20, nn.Conv2d: 0, nn.BatchNorm2d: 0}
+    assert not caplog.text and model.bn1.window == 2 and model.layer1[0].conv1.bias.all()
+    model(torch.randn(4, 3, 32, 32))  # which checks the pairs
+    assert not model.bn1._forward_pre_hooks and model.bn1.iters == 1
+    with pytest.raises(ValueError, match="no BatchNorm among its parts$"):
+        convert_mabn(model)
+    # A layer whose convolution is not found, alone and beside a BatchNorm.
+    alone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), MABN2d(4))
+    with pytest.raises(ValueError, match="no BatchNorm among its parts\n2: .*ReLU"):
+        convert_mabn(alone)
+    convert_mabn(
+        nn.ModuleList([model, alone, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))])
+    )
+    assert "left as they are:\n1.2: its input" in caplog.text and model.bn1.window == 2
+
+
 # torch 2.4 can't trace DenseNet's layer: there the norm is only known to come first.
 TRACES = [int(n) for n in torch.__version__.split(".")[:2]] > [2, 4]
 NO_CONVOLUTION = (
