@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -68,6 +68,7 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
         FloatingPointError: naming a layer that something reaches that is not finite; nothing has
             changed then.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, where `_run_eagerly` can't do it
     if isinstance(model, DistributedDataParallel):
         model = model.module  # a forward that ends early must not be waited for
     layers = layers_to_recalibrate(model)
@@ -86,7 +87,7 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
         )
     before = {layer: layer.running_var.clone() for layer in layers}
     try:
-        with _as_in_evaluation(layers):
+        with _as_in_evaluation(layers), _run_eagerly():
             batches = _inputs(model, batches)
             calls = [_calls(model, layers, batch) for batch in batches]
             for index, layer in enumerate(_order(layers, calls), start=1):
@@ -106,6 +107,16 @@ def update_mabn_stats(model: nn.Module, data_loader: Iterable[Any], num_iters: i
         for layer, running_var in before.items():
             layer.running_var.copy_(running_var)
         raise
+
+
+def _run_eagerly() -> AbstractContextManager[object]:
+    """Return a context in which compiled models call the hooks that came after their compilation.
+
+    Torch before 2.6 has none; nothing changes then.
+    """
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 @contextmanager

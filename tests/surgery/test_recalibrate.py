@@ -1,5 +1,6 @@
 """surgery/recalibrate.py and its hook."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,26 @@ def test_every_layer_gets_the_second_moment_of_its_input():
         x = torch.cat([i.transpose(0, 1).flatten(1) for i in inputs], 1)
         torch.testing.assert_close(norm.running_var, x.square().mean(1), rtol=1e-5, atol=0)
     assert torch.equal(model.unused.running_var, torch.ones(3))
+
+
+SETS_STANCE = hasattr(torch.compiler, "set_stance")  # torch 2.6
+
+
+@pytest.mark.parametrize("how", ["whole", "inside", "in place"] if SETS_STANCE else ["whole"])
+def test_compiled_models(how):
+    """Also one whose code was compiled before, in evaluation: it calls no hook that came later."""
+    torch.compiler.reset()
+    body = nn.Sequential(CenConv2d(3, 4, 3), MABN2d(4), nn.ReLU(), CenConv2d(4, 4, 3), MABN2d(4))
+    expected, images = copy.deepcopy(body), torch.randn(4, 3, 8, 8)
+    update_mabn_stats(expected, images.split(2), 2)
+    if how == "in place":
+        body.compile(backend="aot_eager")
+    model = body if how == "in place" else torch.compile(body, backend="aot_eager")
+    model = nn.Sequential(model) if how == "inside" else model
+    model.eval()(images[:2])
+    update_mabn_stats(model, images.split(2), 2)
+    for found, wanted in zip(variances(body), variances(expected), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def _cut(sizes):
