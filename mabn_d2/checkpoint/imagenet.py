@@ -6,6 +6,8 @@ from typing import Any
 
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 
+from ..modeling.norm_table import parse_norm_options
+from .io import CheckpointError
 from .record import checkpoint_of, recorded
 from .resnet import detectron2_name, expected_resnet, resnet_config
 from .state import check, rename, to_mabn, unwrap
@@ -95,7 +97,7 @@ def convert_imagenet(
         source, trained = "ResNet with MABN", _PUBLISHED
     own = checkpoint.get("args")  # of this package's tools/train_imagenet.py
     if isinstance(own, Mapping) and isinstance(own.get("bgr255"), bool):
-        trained = _PUBLISHED if own["bgr255"] else _TORCHVISION
+        trained = (_PUBLISHED if own["bgr255"] else _TORCHVISION) | _of_norm(own)
 
     state, dropped, recalibrate = to_mabn(state, keep_buffers)
     config = resnet_config(state)
@@ -106,3 +108,23 @@ def convert_imagenet(
     dropped |= {"the classifier": classifier, "entries beside the weights": beside}
     state = {prefix + name: value for name, value in state.items()}
     return checkpoint_of(state, source, config | trained, dropped, recalibrate)
+
+
+def _of_norm(args: Mapping[str, Any]) -> dict[str, float]:
+    """Return the norm's settings that matter in evaluation, too, as config keys.
+
+    Args:
+        args: of `tools/train_imagenet.py`.
+    Raises:
+        CheckpointError: for a setting that no config has.
+    """
+    given = args.get("norm_option")
+    try:
+        options = parse_norm_options(given or [])
+        if "activation" in options:
+            raise ValueError("no ResNet of Detectron2 has an activation in each norm")
+        return {"MODEL.MABN.EPS": float(options.get("eps", 1e-5))}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the classifier was trained with --norm-option {given}: {error}"
+        ) from error

@@ -1,13 +1,12 @@
 """The arguments of a classifier's training."""
 
 import argparse
-import ast
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from ..modeling.norm_table import parse_norm_options
 from .models import ARCHS, WITHOUT_NORM_BATCH, build_classifier, norm_names
 
 # What the values of arguments must be.
@@ -159,15 +158,3 @@ def _check_norm(args: argparse.Namespace) -> None:
             f"--norm {args.norm} with --norm-batch {args.norm_batch}, --simulated-batch "
             f"{args.simulated_batch}, --norm-option {args.norm_option}: {error}"
         ) from error
-
-
-def parse_norm_options(options: Sequence[str]) -> dict[str, Any]:
-    """Parse the values of --norm-option, each NAME=VALUE.
-
-    Raises:
-        ValueError: if an option has another form.
-    """
-    try:
-        return {name: ast.literal_eval(value) for name, value in (o.split("=") for o in options)}
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"--norm-option takes NAME=VALUE, a number, got {options}") from error

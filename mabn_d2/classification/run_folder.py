@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..checkpoint.io import CheckpointError, atomic_file, check_writable, read_checkpoint
 from ..checkpoint.state import unwrap
-from .arguments import parse_norm_options
+from ..modeling.norm_table import parse_norm_options
 
 CHECKPOINT = "checkpoint.pth"
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..checkpoint.io import read_checkpoint
 from ..engine.guarded_trainer import MAX_REJECTED
 from ..engine.hooks import StopOnSignal
-from .arguments import parse_norm_options
+from ..modeling.norm_table import parse_norm_options
 from .evaluation import evaluate
 from .image_folder import (
     Images,

@@ -5,9 +5,10 @@ tool, the classifier and the benchmark read this table. A name in lower case is 
 command lines and the key of its settings in a LazyConfig's `train`.
 """
 
+import ast
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,18 @@ def configure_norms_by_name(
             if isinstance(module, row.layer):
                 module.configure(**settings.get(name.lower(), {}))
     return model
+
+
+def parse_norm_options(options: Sequence[str]) -> dict[str, Any]:
+    """Parse the values of the command line's --norm-option, each NAME=VALUE.
+
+    Raises:
+        ValueError: if an option has another form.
+    """
+    try:
+        return {name: ast.literal_eval(value) for name, value in (o.split("=") for o in options)}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--norm-option takes NAME=VALUE, a number, got {options}") from error
 
 
 def set_num_groups(model: nn.Module, cfg: CfgNode) -> None:

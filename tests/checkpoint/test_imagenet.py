@@ -10,7 +10,7 @@ from torch import nn
 
 from converted import PREFIX, assert_same_features, cfg_of
 from mabn_d2 import CheckpointError, SafeCheckpointer, convert_imagenet
-from mabn_d2.checkpoint import write_checkpoint
+from mabn_d2.checkpoint import warn_of_differences, write_checkpoint
 from paths import ROOT
 from published_resnet import Mabn, PublishedResNet, add_windows
 
@@ -54,6 +54,24 @@ def test_input_of_this_package_s_classifiers(norm, bgr255, order, mean):
     state = PublishedResNet(18, width=8, norm=norm).state_dict()
     config = convert_imagenet({"model": state, "args": {"bgr255": bgr255}})["mabn_d2"]["config"]
     assert config["INPUT.FORMAT"] == order and config["MODEL.PIXEL_MEAN"][0] == mean
+
+
+def test_eps_of_this_package_s_classifiers(caplog):
+    source = PublishedResNet(18, width=8)
+    for norm in (m for m in source.modules() if isinstance(m, Mabn)):
+        norm.running_var.fill_(1e-3)
+        norm.eps = 1e-3
+    args = {"bgr255": True, "norm_option": ["eps=0.001", "clip_start=7"]}
+    checkpoint = convert_imagenet({"model": source.state_dict(), "args": args})
+    assert_same_features(source, checkpoint)
+    cfg = cfg_of(checkpoint)
+    cfg.MODEL.MABN.EPS = 1e-5
+    warn_of_differences(checkpoint["mabn_d2"], cfg)
+    assert "MODEL.MABN.EPS is 1e-05, the weights were trained with 0.001" in caplog.text
+    for options, error in ((["activation='relu'"], "has an activation"), ([3], "norm-option .3.")):
+        args["norm_option"] = options
+        with pytest.raises(CheckpointError, match=error):
+            convert_imagenet({"model": source.state_dict(), "args": args})
 
 
 def test_wrong_stride_loads_in_silence():

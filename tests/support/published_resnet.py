@@ -23,12 +23,13 @@ class CenConv(nn.Conv2d):
 class Mabn(nn.Module):
     def __init__(self, channels):
         super().__init__()
+        self.eps = 1e-5
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
         self.register_buffer("running_var", torch.empty(channels))
 
     def forward(self, x):
-        y = x / (self.running_var + 1e-5).sqrt()[:, None, None]
+        y = x / (self.running_var + self.eps).sqrt()[:, None, None]
         return self.weight[:, None, None] * y + self.bias[:, None, None]
 
 
