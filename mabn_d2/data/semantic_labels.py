@@ -56,20 +56,32 @@ def check_labels(
     step = max(len(files) // LOOKED_AT, 1)
     for file in files[::step][:LOOKED_AT]:
         if "://" not in file:
-            _check_picture(file, setting, ignored, where)
+            _check_picture(file, setting, ignored, where, evaluation)
 
 
-def _check_picture(file: str, setting: Setting, ignored: Setting, where: str) -> None:
+def _check_picture(
+    file: str, setting: Setting, ignored: Setting, where: str, evaluation: bool
+) -> None:
     try:
         with Image.open(file) as picture:
-            labels = np.unique(np.asarray(picture))
-            channels = len(picture.getbands())
+            mode, channels = picture.mode, len(picture.getbands())
+            if channels > 1:
+                raise DataError(
+                    f"{where}whose labels {file} have {channels} channels: write one number for each pixel"
+                )
+            stored = np.asarray(picture)
+            # The training reads gray values; Detectron2's evaluator reads what is stored.
+            gray = stored if evaluation or mode == "L" else np.asarray(picture.convert("L"))
     except OSError as error:
         raise DataError(f"{where}whose labels {file} can't be read ({error}): repair it") from error
-    if channels > 1:
+    if (changed := gray != stored).any():
+        first = np.argmax(changed)
         raise DataError(
-            f"{where}whose labels {file} have {channels} channels: write one number for each pixel"
+            f"{where}whose labels {file} have mode {mode}: Detectron2 trains on the gray values of the "
+            f"picture, {gray.flat[first]} where the label is {int(stored.flat[first])}: save the labels "
+            "as 8-bit gray (mode L)"
         )
+    labels = np.unique(stored)
     wrong = [n for n in labels.tolist() if not 0 <= n < setting.value and n != ignored.value]
     if wrong:
         raise DataError(

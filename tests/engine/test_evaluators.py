@@ -368,6 +368,22 @@ def test_models_that_do_not_give_what_is_compared(
         check_data(use(cfg, names[kind]))
 
 
+def in_mode(mode):
+    """Return a change that saves labels in another mode of PIL; those of the test set may have it."""
+
+    def change(cfg, folder):
+        for split in ("val", "train"):
+            file = folder / f"semantic_{split}/2.png"
+            labels = Image.fromarray(np.minimum(np.array(Image.open(file)), 1))
+            if mode == "P":
+                labels.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+            else:
+                labels = labels.point([0, 255] * 128, mode)
+            labels.save(file)
+
+    return change
+
+
 def relabel(folder, value):
     """Write another value into the first pixel of a picture of labels."""
     file = folder / "2.png"
@@ -404,6 +420,15 @@ SEMANTIC = {
     "labels in colours": (
         lambda cfg, folder: Image.new("RGB", (SIZE, SIZE)).save(folder / "semantic_train/2.png"),
         "have 3 channels: write one number for each pixel",
+    ),
+    "labels with a palette": (
+        in_mode("P"),
+        "TRAIN names .*semantic_train/2.png have mode P: .*gray values of the picture, 38 where the label is "
+        "1: save the labels as 8-bit gray",
+    ),
+    "labels of 1 bit": (
+        in_mode("1"),
+        "TRAIN names .*semantic_train/2.png have mode 1: .* 255 where the label is 1",
     ),
     "damaged labels": (
         lambda cfg, folder: (folder / "semantic_train/2.png").write_bytes(b"no picture"),
