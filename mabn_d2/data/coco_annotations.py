@@ -29,6 +29,12 @@ REPEATED = 0.01  # share of annotations that may repeat others
 class AnnotationCheck:
     """Looks at the annotations of a file and adds to `findings`."""
 
+    # What is said of boxes; those of records that a function gives have other words.
+    shares = "are they shares of the image? COCO has pixels"
+    corners = "are they corners? COCO has x, y, width, height"
+    outside = "and are clipped"
+    no_area = "and are not trained on"
+
     def __init__(
         self, content: dict, sizes: Sizes, findings: Findings, masks: bool, evaluation: bool
     ) -> None:
@@ -40,6 +46,7 @@ class AnnotationCheck:
         self.image_of = np.fromiter(found, np.int64, len(self.annotations))
         self.heights = np.append(sizes.heights, 0)[self.image_of]
         self.widths = np.append(sizes.widths, 0)[self.image_of]
+        self.are_sizes = np.ones(len(self.annotations), bool)  # not the second corner of a box
 
     def inspect(self) -> None:
         suspects = set(np.flatnonzero(self.image_of < 0).tolist())
@@ -61,8 +68,11 @@ class AnnotationCheck:
             self._fill_in()
         self._count()
 
-    def _scan_boxes(self) -> set[int]:
-        """Return the positions of boxes that need a closer look; note what is doubtful."""
+    def _name(self, position: int) -> str:
+        return f"annotation {self.annotations[position]['id']}"
+
+    def _read_boxes(self) -> tuple[np.ndarray, set[int]]:
+        """Return (N, 4) x, y, width, height, and the positions of boxes that are not four numbers."""
         numbers, bad = array("d"), set()
         for position, annotation in enumerate(self.annotations):
             box = annotation["bbox"]
@@ -73,7 +83,12 @@ class AnnotationCheck:
             except (TypeError, ValueError, OverflowError):
                 bad.add(position)
                 numbers.extend((0, 0, 0, 0))
-        x, y, width, height = np.frombuffer(numbers).reshape(-1, 4).T
+        return np.frombuffer(numbers).reshape(-1, 4), bad
+
+    def _scan_boxes(self) -> set[int]:
+        """Return the positions of boxes that need a closer look; note what is doubtful."""
+        numbers, bad = self._read_boxes()
+        x, y, width, height = numbers.T
         right, bottom = x + width, y + height
         self.boxes = x, y, right, bottom
         known = self.heights > 0
@@ -82,12 +97,13 @@ class AnnotationCheck:
             (width >= 0) & (height >= 0) & (right >= 0) & (bottom >= 0)
             & (x <= self.widths) & (y <= self.heights) & (right < np.inf) & (bottom < np.inf)
         )  # fmt: skip
+        good[list(bad)] = False
         bad.update(np.flatnonzero(known & ~good).tolist())
         good &= known
         beyond = good & (
             (x < -1) | (y < -1) | (right > self.widths + 1) | (bottom > self.heights + 1)
         )
-        corners = beyond & (x >= 0) & (y >= 0) & (width > x) & (height > y)
+        corners = beyond & self.are_sizes & (x >= 0) & (y >= 0) & (width > x) & (height > y)
         corners &= (width <= self.widths + 1) & (height <= self.heights + 1)
         tiny = good & (right <= 1) & (bottom <= 1) & (width > 0) & (height > 0)
         empty = good & (
@@ -99,18 +115,15 @@ class AnnotationCheck:
         self.other_form = tiny.sum() > 0.5 * count or corners.sum() > 0.1 * count
         self.doubtful = tiny | corners | empty | ~good  # boxes that a mask can't be compared with
         if tiny.sum() > 0.5 * count:
-            self._note(tiny, "lie within 0..1: are they shares of the image? COCO has pixels")
+            self._note(tiny, f"lie within 0..1: {self.shares}")
         elif corners.sum() > 0.1 * count:
-            self._note(
-                corners, "end outside of the image: are they corners? COCO has x, y, width, height"
-            )
-        elif self.evaluation and beyond.any():  # predictions end at the border
-            self._note(beyond, "end more than a pixel outside of the image, and are clipped")
-            self._clip(np.flatnonzero(beyond))
-        elif beyond.sum() > 0.1 * count:
-            self._note(beyond, "end more than a pixel outside of the image, and are clipped")
+            self._note(corners, f"end outside of the image: {self.corners}")
+        elif beyond.any() and (self.evaluation or beyond.sum() > 0.1 * count):
+            self._note(beyond, f"end more than a pixel outside of the image, {self.outside}")
+            if self.evaluation:  # predictions end at the border
+                self._clip(np.flatnonzero(beyond))
         if empty.any():
-            self._note(empty, "have no area inside the image, and are not trained on")
+            self._note(empty, f"have no area inside the image, {self.no_area}")
         return bad
 
     def _clip(self, positions: np.ndarray) -> None:
@@ -125,10 +138,10 @@ class AnnotationCheck:
             )
 
     def _note(self, which: np.ndarray, text: str) -> None:
-        first = self.annotations[int(np.argmax(which))]
+        first = int(np.argmax(which))
         self.findings.notes.append(
-            f"{which.sum()} of {len(which)} boxes {text} (the first: annotation {first['id']}, "
-            f"bbox {first['bbox']})"
+            f"{which.sum()} of {len(which)} boxes {text} (the first: {self._name(first)}, "
+            f"bbox {self.annotations[first]['bbox']})"
         )
 
     def _scan_others(self) -> set[int]:
@@ -164,7 +177,7 @@ class AnnotationCheck:
         elif not size[0]:
             return  # it goes with its image
         else:
-            wrong = _box_problem(annotation["bbox"], size) or _other_problem(annotation)
+            wrong = box_problem(annotation["bbox"], size) or _other_problem(annotation)
             wrong = wrong or self._mask_problem(position, annotation, size)
             wrong = wrong and f"{name} (image {image_id}) has {wrong}"
         if wrong:
@@ -283,7 +296,7 @@ class AnnotationCheck:
         classes: dict[Any, int] = {}
         numbers = [
             self.image_of.astype(np.float64),
-            [classes.setdefault(a["category_id"], len(classes)) for a in self.annotations],
+            [classes.setdefault(a.get("category_id"), len(classes)) for a in self.annotations],
             *self.boxes,
         ]
         rows = np.stack(numbers, 1)
@@ -293,10 +306,10 @@ class AnnotationCheck:
         _, first, counts = np.unique(keys, return_index=True, return_counts=True)
         repeated = len(keys) - len(first)
         if repeated > REPEATED * len(keys):
-            example = self.annotations[int(first[np.argmax(counts)])]["id"]
+            example = self._name(int(first[np.argmax(counts)]))
             self.findings.notes.append(
                 f"{repeated} of {len(keys)} annotations repeat another of the same image, class and bbox "
-                f"(one is annotation {example}): a model finds each object once, so the AP will be too "
+                f"(one is {example}): a model finds each object once, so the AP will be too "
                 "low; remove them"
             )
 
@@ -415,7 +428,7 @@ def _area(annotation: dict, kind: int, size: tuple[int, int]) -> float:
     return float(mask_util.area(masks))
 
 
-def _box_problem(box: Any, size: list[int]) -> str | None:
+def box_problem(box: Any, size: list[int]) -> str | None:
     height, width = size
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         return f"bbox {box!r:.80}, not four numbers within 1e9"

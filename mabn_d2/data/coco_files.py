@@ -69,6 +69,7 @@ class CheckedDataset:
         load: the function that was registered.
         file: the COCO file that it reads, or None.
         records: what it has returned to the check, for the first call, or None.
+        left_out: {position of a record: positions of its annotations} that can't be used.
     """
 
     def __init__(
@@ -76,16 +77,16 @@ class CheckedDataset:
         load: Callable[[], list[dict]],
         file: CheckedFile | None = None,
         records: list[dict] | None = None,
+        left_out: dict[int, set[int]] | None = None,
     ):
         self.load, self.file, self.records = load, file, records
+        self.left_out = left_out or {}
 
     def __call__(self) -> list[dict]:
         """Return the records of the dataset, in Detectron2's format."""
-        if self.records is not None:
-            records, self.records = self.records, None
-            return records
         if self.file is None:
-            return self.load()
+            records, self.records = self.records, None
+            return leave_out(self.load() if records is None else records, self.left_out)
         with _parsed(self.file), paused_gc():
             return self.load()
 
@@ -93,6 +94,20 @@ class CheckedDataset:
         """Take the place of the function of a dataset."""
         DatasetCatalog.pop(name)
         DatasetCatalog.register(name, self)
+
+
+def leave_out(records: list[dict], places: dict[int, set[int]]) -> list[dict]:
+    """Return records without the annotations at {position of the record: their positions}.
+
+    The records themselves stay as they are, because a function may return them again.
+    """
+    if not places:
+        return records
+    corrected = list(records)
+    for index, positions in places.items():
+        kept = [a for i, a in enumerate(records[index]["annotations"]) if i not in positions]
+        corrected[index] = {**records[index], "annotations": kept}
+    return corrected
 
 
 def registered_function(name: str) -> Callable[[], list[dict]]:

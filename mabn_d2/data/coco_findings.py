@@ -47,12 +47,12 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def refuse(problems: list[Problem], json_file: str, remedy: str) -> None:
-    """Raise BadAnnotationError if there are problems."""
+def refuse(problems: list[Problem], where: str, remedy: str, what: str = "the file") -> None:
+    """Raise BadAnnotationError if there are problems in `where`; `what` is to be corrected."""
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise BadAnnotationError(
-            f"{json_file}: {'; '.join(map(str, problems[:SHOWN]))}{more}. Correct the file, {remedy}"
+            f"{where}: {'; '.join(map(str, problems[:SHOWN]))}{more}. Correct {what}, {remedy}"
         )
 
 

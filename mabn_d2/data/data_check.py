@@ -37,12 +37,14 @@ class _Outcome:
     Attributes:
         error: why the data can't be used, or None.
         files: the COCO file of each training set.
+        left_out: annotations of training sets without a file, as CheckedDataset leaves them out.
         copies: JSON files and the corrected copies that take their places.
         images: how many images of each training set are trained on.
     """
 
     error: DataError | None = None
     files: dict[str, CheckedFile] = field(default_factory=dict)
+    left_out: dict[str, dict[int, set[int]]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
 
@@ -82,6 +84,8 @@ def check_requirements(wanted: DataRequirements) -> dict[str, int]:
     if local_rank > 0:
         for name, file in own.files.items():
             CheckedDataset(registered_function(name), file).replace(name)
+        for name, places in own.left_out.items():
+            CheckedDataset(registered_function(name), left_out=places).replace(name)
         for path, copy in own.copies.items():
             read_copy_instead(path, copy)
     return own.images
@@ -102,6 +106,8 @@ def _check_here(wanted: DataRequirements, share: bool) -> _Outcome:
             if share:
                 dataset.file.share(_new_folder())
             outcome.files[name] = dataset.file.for_other_process()
+        elif dataset.left_out:
+            outcome.left_out[name] = dataset.left_out
         dataset.replace(name)
     for name, dataset in reader.test.items():
         file = dataset.file

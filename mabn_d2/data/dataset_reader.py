@@ -7,12 +7,13 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from .coco_check import inspect
-from .coco_files import CheckedDataset, CheckedFile, registered_function
-from .coco_findings import Edit, apply_edits, problems_by_kind, refuse
+from .coco_files import CheckedDataset, CheckedFile, leave_out, registered_function
+from .coco_findings import Edit, Findings, apply_edits, problems_by_kind, refuse
 from .coco_parsing import read_json
 from .dataset_summary import DatasetSummary, summarize_records
 from .errors import BadAnnotationError, DataError
 from .packages import remedy
+from .record_boxes import RecordCheck
 from .requirements import DataRequirements, listed, unique
 from .semantic_labels import check_labels
 
@@ -59,9 +60,10 @@ class DatasetReader:
         records = _call(name, key, function)
         if is_coco and os.path.isfile(json_file):  # the function has made it
             return self._read_coco(name, key, function, json_file, os.fspath(root), evaluation)
+        left_out: dict[int, set[int]] = {}
         if isinstance(records, list):  # a torch Dataset is not read before the training
-            self._look_at_records(name, key, records, metadata, evaluation)
-        return CheckedDataset(function, records=records)
+            left_out = self._look_at_records(name, key, records, metadata, evaluation)
+        return CheckedDataset(function, records=records, left_out=left_out)
 
     def _read_coco(
         self,
@@ -104,11 +106,15 @@ class DatasetReader:
 
     def _look_at_records(
         self, name: str, key: str, records: list[dict], metadata: Metadata, evaluation: bool
-    ) -> None:
+    ) -> dict[int, set[int]]:
+        """Return the annotations that are left out, as CheckedDataset takes them."""
         if not records:
             raise DataError(f"{key} names {name!r}, which has no images: add some")
+        boxes, left_out = self._look_at_boxes(name, key, records, evaluation)
         classes = metadata.get("thing_classes")
+        records = leave_out(records, left_out)
         summary = summarize_records(records, name, None if classes is None else list(classes))
+        summary.objects_with_area -= boxes.objects_without_area()
         self.summaries[name] = summary
         if classes is not None:
             bad = [i for i in summary.class_ids if i not in range(len(classes))]
@@ -120,7 +126,7 @@ class DatasetReader:
                 )
         check_labels(self.wanted, name, key, _labels_of(records), evaluation)
         if self.wanted.skip and not evaluation:
-            return  # the loader leaves missing images out and counts them
+            return left_out  # the loader leaves missing images out and counts them
         files = [record["file_name"] for record in records if "file_name" in record]
         missing = [file for file in files if not PathManager.isfile(file)]
         if missing:
@@ -128,6 +134,27 @@ class DatasetReader:
                 f"{key} names {name!r}, of whose {len(records)} images {len(missing)} do not exist "
                 f"({listed(missing, 2)}): correct the paths"
             )
+        return left_out
+
+    def _look_at_boxes(
+        self, name: str, key: str, records: list[dict], evaluation: bool
+    ) -> tuple[RecordCheck, dict[int, set[int]]]:
+        findings = Findings(DatasetSummary(name))
+        check = RecordCheck(records, findings, evaluation)
+        check.inspect()
+        left_out: dict[int, set[int]] = {}
+        where, what = f"{key} names {name!r}", "bbox or bbox_mode"
+        if evaluation:
+            refuse(findings.problems, where, "as an evaluation leaves nothing out", what)
+        elif self.wanted.skip:
+            findings.notes += problems_by_kind(findings.problems)
+            for problem in findings.problems:
+                index, position = check.places[problem.position].tolist()
+                left_out.setdefault(index, set()).add(position)
+        else:
+            refuse(findings.problems, where, 'or set DATALOADER.BAD_INPUT to "skip"', what)
+        self.notes += [f"{name}: {note}" for note in findings.notes]
+        return check, left_out
 
 
 def check_builtin(name: str, key: str) -> None:

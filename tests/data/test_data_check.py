@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from coco_datasets import CLASSES, SIZE, annotations_of, make_dataset, read_rectangles, registered
@@ -491,6 +492,95 @@ def test_registered_by_a_function(cfg, data, tmp_path):
         for split in records:
             DatasetCatalog.remove(f"by_hand_{split}")
             MetadataCatalog.remove(f"by_hand_{split}")
+
+
+@pytest.fixture
+def by_hand(cfg, data, tmp_path):
+    """Register the records of both splits by functions; yield {split: records}."""
+    with registered(tmp_path, data) as names:
+        records = {split: DatasetCatalog.get(name) for split, name in names.items()}
+    for split, found in records.items():
+        DatasetCatalog.register(f"by_hand_{split}", lambda f=found: f)
+        MetadataCatalog.get(f"by_hand_{split}").set(thing_classes=CLASSES, evaluator_type="coco")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_hand_train",), ("by_hand_val",)
+    yield records
+    for split in records:
+        DatasetCatalog.remove(f"by_hand_{split}")
+        MetadataCatalog.remove(f"by_hand_{split}")
+
+
+def boxes_of(records):
+    return [annotation for record in records for annotation in record["annotations"]]
+
+
+def set_boxes(bbox, mode=BoxMode.XYWH_ABS, count=None):
+    """Return a change of the first `count` objects; `bbox` is a box, or makes one of the true one."""
+
+    def change(records):
+        for annotation in boxes_of(records)[:count]:
+            box = bbox(annotation) if callable(bbox) else bbox
+            annotation.update(bbox=box, bbox_mode=mode)
+
+    return change
+
+
+def set_numbers(bbox):
+    return set_boxes(bbox, BoxMode.XYXY_ABS, 1)
+
+
+# name: change, what is said of training and of test sets; a note has "of", an error has "annotation 0".
+BOXES = {
+    "NaN": (set_numbers([5, 5, math.nan, 20]), r"annotation 0 of .*0.png \(XYXY_ABS \[5, 5, nan, 20\]\) has "
+            r"bbox .*, not four numbers within 1e9\. Correct bbox or bbox_mode, "),
+    "three numbers": (set_numbers([5, 5, 20]), r"annotation 0 of .* has bbox \[5, 5, 20\], not four numbers\."),
+    "sizes as corners": (set_boxes(lambda a: [60, 50, 20, 30], BoxMode.XYXY_ABS),
+                         r"annotation 0 of .*XYXY_ABS .*bbox \[60.0, 50.0, -40.0, -20.0\] with a negative width"),
+    "outside": (set_numbers([100, 5, 120, 30]), "annotation 0 of .* outside of the image, 96 wide and 96 high"),
+    "no bbox_mode": (lambda r: boxes_of(r)[0].pop("bbox_mode"), "annotation 0 of .*/0.png lacks bbox_mode. Cor"),
+    "shares": (set_boxes(to_shares), r" of \d+ boxes lie within 0..1: are they shares of the image\? bbox_mode says"),
+    "corners": (set_boxes(to_corners), " of .* end outside of the image: are they corners.*mode is XYXY_ABS"),
+    "no area": (set_numbers([5, 5, 5, 20]), " of .* no area inside the image, and (are not trained|count as objects)"),
+    "none": (lambda r: None, None),
+    "tuples": (set_boxes(lambda a: tuple(to_corners(a)), BoxMode.XYXY_ABS), None),
+    "arrays": (set_boxes(lambda a: np.array(a["bbox"], np.float32)), None),
+    "rotated": (set_boxes(lambda a: [*a["bbox"], 30.0], BoxMode.XYWHA_ABS), None),
+    "relative": (set_boxes([0.2, 0.2, 0.5, 0.5], BoxMode.XYXY_REL), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", BOXES)
+def test_boxes_of_a_function(name, split, cfg, by_hand, caplog):
+    """As for a COCO file: an error, or a warning with the count."""
+    change, expected = BOXES[name]
+    change(by_hand[split])
+    if expected and expected.startswith("annotation 0"):
+        with pytest.raises(DataError, match=f"'by_hand_{split}': {expected}") as error:
+            check_data(cfg)
+        assert "\n" not in str(error.value)
+        return
+    check_data(cfg)
+    notes = [r.message for r in caplog.records if " boxes " in r.message]
+    assert len(notes) == (expected is not None)
+    assert not notes or re.search(f"^by_hand_{split}: .*{expected}", notes[0])
+
+
+def test_bad_boxes_of_a_function_are_left_out(cfg, by_hand, caplog):
+    """Of what is trained on, not of what the function has; their images stay."""
+    set_numbers([60, 50, 20, 30])(by_hand["train"])
+    del by_hand["train"][1]["annotations"][1]["bbox"]
+    cfg.DATALOADER.BAD_INPUT = "skip"
+    loaded = list(Trainer(cfg).data_loader.dataset.records)
+    for records in (loaded, DatasetCatalog.get("by_hand_train")):
+        assert [len(record["annotations"]) for record in records] == [1, 1, 2, 2, 2, 2]
+    assert [len(record["annotations"]) for record in by_hand["train"]] == [2] * 6
+    assert "by_hand_train: 2 annotations are left out: annotation 0 of" in caplog.text
+
+
+def test_boxes_of_a_function_without_area_everywhere(cfg, by_hand):
+    set_boxes(lambda a: [5, 5, 5, 20], BoxMode.XYXY_ABS)(by_hand["train"])
+    with pytest.raises(DataError, match="no objects but 12 whose box has no area"):
+        check_data(cfg)
 
 
 def test_metadata_that_contradicts_the_file(cfg, data, tmp_path):

@@ -5,10 +5,12 @@ import os
 import sys
 
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from coco_datasets import read_rectangles
+from coco_datasets import CLASSES, SIZE, read_rectangles
 from mabn_d2 import add_mabn_config
 from mabn_d2.engine import Trainer, launch, one_line_errors
 
@@ -22,6 +24,17 @@ def main(folder, policy):
     for split in ("train", "val"):
         file = f"{folder}/{split}.json"
         register_coco_instances(f"ranks_{split}", {}, file, f"{folder}/{split}")
+    boxes = [5, 5, 30, 30], [SIZE + 5, 5, 30, 30]
+    image = {
+        "file_name": f"{folder}/train/0.png", "image_id": 9, "height": SIZE, "width": SIZE,
+        "annotations": [
+            {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0,
+             "segmentation": [[5, 5, 30, 5, 30, 30]]}
+            for box in boxes
+        ],
+    }  # fmt: skip
+    DatasetCatalog.register("ranks_by_hand", lambda: [image])
+    MetadataCatalog.get("ranks_by_hand").set(thing_classes=CLASSES)
     cfg = get_cfg()
     add_mabn_config(cfg)
     cfg.merge_from_file(CONFIG)
@@ -29,7 +42,7 @@ def main(folder, policy):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.DEPTH = 10
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("ranks_train",), ("ranks_val",)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("ranks_train", "ranks_by_hand"), ("ranks_val",)
     cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.BAD_INPUT = 0, policy
     cfg.OUTPUT_DIR = f"{folder}/output"
     trainer = Trainer(cfg)
