@@ -57,8 +57,9 @@ class _Comparison:
                     f"is nothing to evaluate; correct {summary.source}, or leave {name!r} out"
                 )
         annotated = {name: summary for name, summary in self.train.items() if summary.annotated}
-        if self.wanted.num_classes and self.train and not annotated:
-            name, summary = next(iter(self.train.items()))
+        bare = [(name, summary) for name, summary in self.train.items() if not summary.annotated]
+        if self.wanted.num_classes and bare:
+            name, summary = bare[0]
             raise DataError(
                 f"{self.wanted.train.key} names {name!r}, which has no annotations of objects: there "
                 f"is nothing to learn; add them to {summary.source}"

@@ -18,6 +18,8 @@ from .requirements import DataRequirements, listed, unique
 from .semantic_labels import check_labels
 
 COCO_TYPES = ("coco", "coco_panoptic_seg")  # evaluator types with a COCO instances file
+# Evaluator types whose evaluators take predictions by the image_id of a record.
+BY_IMAGE_ID = ("coco", "lvis", "pascal_voc")
 BUILTIN = ("coco_", "keypoints_coco_", "lvis_", "voc_", "cityscapes_", "ade20k_")
 
 
@@ -110,6 +112,7 @@ class DatasetReader:
         """Return the annotations that are left out, as CheckedDataset takes them."""
         if not records:
             raise DataError(f"{key} names {name!r}, which has no images: add some")
+        self._look_at_keys(name, key, records, metadata, evaluation)
         boxes, left_out = self._look_at_boxes(name, key, records, evaluation)
         classes = metadata.get("thing_classes")
         records = leave_out(records, left_out)
@@ -135,6 +138,36 @@ class DatasetReader:
                 f"({listed(missing, 2)}): correct the paths"
             )
         return left_out
+
+    def _look_at_keys(
+        self, name: str, key: str, records: list[dict], metadata: Metadata, evaluation: bool
+    ) -> None:
+        """Each record has what Detectron2 reads of it, beside what its objects have."""
+        needed: list[str] = []
+        kind = metadata.get("evaluator_type")
+        if evaluation and kind in BY_IMAGE_ID:
+            needed = ["image_id"]
+            if kind == "coco" and not metadata.get(
+                "json_file"
+            ):  # a COCO file is made of the records
+                needed += ["file_name", "height", "width"]
+        elif not evaluation and self.wanted.num_classes is not None:
+            needed = ["annotations"]
+            if not any("annotations" in record for record in records):
+                return  # said by the comparison with the config
+        for position, record in enumerate(records):
+            for attribute in needed:
+                if record.get(attribute) is None:
+                    image = record.get("file_name", record.get("image_id", "no file_name"))
+                    what = (
+                        "annotations=[] if it has no objects"
+                        if attribute == "annotations"
+                        else "it"
+                    )
+                    raise DataError(
+                        f"{key} names {name!r}, whose record {position} ({image}) has no {attribute}: "
+                        f"add {what}"
+                    )
 
     def _look_at_boxes(
         self, name: str, key: str, records: list[dict], evaluation: bool

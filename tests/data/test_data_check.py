@@ -583,6 +583,40 @@ def test_boxes_of_a_function_without_area_everywhere(cfg, by_hand):
         check_data(cfg)
 
 
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize(
+    "split, missing",
+    [("train", "annotations"), ("val", "image_id"), ("val", "file_name"), ("val", "height")],
+)
+def test_records_that_lack_a_key(split, missing, position, cfg, by_hand):
+    """One line names the first one, where Detectron2 would fail with a KeyError."""
+    del by_hand[split][position][missing]
+    number = range(len(by_hand[split]))[position]
+    with pytest.raises(
+        DataError, match=f"by_hand_{split}', whose record {number} .* has no {missing}: add "
+    ):
+        check_data(cfg)
+
+
+def test_records_without_what_is_not_needed(cfg, by_hand):
+    """A training reads the size from the image; an evaluation takes no annotations for no objects."""
+    for record in by_hand["train"]:
+        del record["image_id"], record["height"], record["width"]
+    del by_hand["val"][0]["annotations"]
+    cfg.TEST.VALIDATION_LOSS, cfg.TEST.EVAL_PERIOD = True, 2
+    trainer = Trainer(cfg)
+    trainer.train()
+    assert 0 <= trainer._last_eval_results["bbox"]["AP"] <= 100
+
+
+def test_training_set_without_annotations_beside_another(cfg, by_hand):
+    for record in by_hand["val"]:
+        del record["annotations"]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_hand_train", "by_hand_val"), ()
+    with pytest.raises(DataError, match="'by_hand_val', which has no annotations of objects"):
+        check_data(cfg)
+
+
 def test_metadata_that_contradicts_the_file(cfg, data, tmp_path):
     with pytest.raises(DataError, match=r"thing_classes are \(a, b, c\), but .*val.json has the"):
         check(cfg, tmp_path, data, metadata={"thing_classes": ["a", "b", "c"]})
