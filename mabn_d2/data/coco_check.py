@@ -8,7 +8,7 @@ from typing import Any
 
 from .coco_annotations import AnnotationCheck
 from .coco_findings import SHOWN, Edit, Findings, Problem, apply_edits, refuse
-from .coco_images import inspect_images
+from .coco_images import Sizes, inspect_images
 from .coco_parsing import is_text, read_json
 from .dataset_summary import DatasetSummary
 from .errors import BadAnnotationError
@@ -76,10 +76,13 @@ def inspect(
         c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])
     ]
     findings.summary.images = len(content["images"])
-    findings.summary.files = {
+    files = [
         os.path.normpath(os.path.join(image_root, str(i["file_name"]))) for i in content["images"]
-    }
+    ]
+    findings.summary.files = set(files)
     sizes = inspect_images(content["images"], json_file, image_root, findings, evaluation)
+    if len(findings.summary.files) < len(files):
+        _find_shared(content, files, sizes, findings)
     AnnotationCheck(content, sizes, findings, masks, evaluation).inspect()
     _note_classes(content, findings)
     return findings
@@ -147,6 +150,37 @@ def _check_ids(entries: list[dict], key: str, name: str, json_file: str) -> None
         f"{json_file}: {key} {bad['id']!r:.80} has {name} {bad[name]!r:.80}, which is no {kind}: "
         "correct it"
     )
+
+
+def _find_shared(content: dict, files: list[str], sizes: Sizes, findings: Findings) -> None:
+    """Add entries that share an image and each have a part of its objects: the rest is background to both.
+
+    Entries that have the same objects only count the image more often.
+    """
+    positions: dict[str, list[int]] = {}
+    for position, file in enumerate(files):
+        if sizes.heights[position]:
+            positions.setdefault(file, []).append(position)
+    groups = [group for group in positions.values() if len(group) > 1]
+    ids = [image["id"] for image in content["images"]]
+    objects: dict[Any, list[str]] = {ids[position]: [] for group in groups for position in group}
+    for annotation in content["annotations"]:
+        if (found := objects.get(annotation["image_id"])) is not None:
+            found.append(repr((annotation["category_id"], annotation["bbox"])))
+    for group in groups:
+        if all(sorted(objects[ids[p]]) == sorted(objects[ids[group[0]]]) for p in group):
+            continue
+        for position in group:
+            other = ids[group[position == group[0]]]
+            findings.problems.append(
+                Problem(
+                    "images",
+                    ids[position],
+                    f"image {ids[position]}: {files[position]} is also image {other}, with other objects: "
+                    "merge the two entries",
+                    position,
+                )
+            )
 
 
 def _note_classes(content: dict, findings: Findings) -> None:

@@ -130,7 +130,8 @@ def test_what_to_do_is_said(tmp_path):
 def test_single_problems_can_be_skipped(tmp_path, content, message):
     (problem,) = check(tmp_path, content, skip=True)
     assert message in str(problem)
-    content["images"].append({**content["images"][0], "id": 99, "file_name": "1.jpg", "width": 30})
+    (tmp_path / "3.jpg").touch()
+    content["images"].append({**content["images"][0], "id": 99, "file_name": "3.jpg", "width": 30})
     problems = check(tmp_path, content, skip=True)
     apply_edits(content, [Edit(p.key, p.position, None) for p in problems])
     (tmp_path / "clean.json").write_text(json.dumps(content))
@@ -383,6 +384,20 @@ def test_objects_that_are_there_twice(tmp_path):
     ]
     notes = inspect(content, "x.json", str(tmp_path_of(tmp_path))).notes
     assert any("1 of 3 annotations repeat another" in n and "annotation 7" in n for n in notes)
+
+
+def test_entries_that_share_an_image(tmp_path):
+    """Each has a part of its objects: neither can be used. The same objects in both are sound."""
+    content = copy.deepcopy(GOOD)
+    content["images"].append({**content["images"][0], "id": 2, "file_name": "./1.jpg"})
+    with pytest.raises(
+        BadAnnotationError, match="image 1: .*1.jpg is also image 2, with other objec"
+    ):
+        check(tmp_path, content)
+    found = inspect(content, "x.json", str(tmp_path_of(tmp_path)))
+    assert [p.position for p in found.problems] == [0, 1] and found.summary.images_with_objects == 0
+    content["annotations"].append({**content["annotations"][0], "id": 8, "image_id": 2})
+    assert check(tmp_path, content) == []
 
 
 def test_negative_width_is_called_so(tmp_path):
