@@ -4,6 +4,7 @@ Figures are drawn into files without pyplot: matplotlib's backend, which a noteb
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from os import PathLike
@@ -28,6 +29,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .checkpoint.io import atomic_file
+from .data.errors import one_line
 from .data.loader import add_test_proposals
 
 # Families for letters that matplotlib's own font lacks; those that are installed are used.
@@ -38,6 +40,8 @@ FONTS = (
     "Arial Unicode MS",
 )  # fmt: skip
 PICTURE_SIZE = 320  # pixels of the longer side of an image that is drawn
+
+_logger = logging.getLogger(__name__)
 
 
 def new_figure(
@@ -134,11 +138,33 @@ def _pictures(
             output = model(inputs)[0]
             image = read_image(record["file_name"], "RGB")
             scale = PICTURE_SIZE / max(image.shape[:2])
-            rows = (
-                AnyTextVisualizer(image, metadata, scale).draw_dataset_dict(record),
-                _draw_output(AnyTextVisualizer(image, metadata, scale), output, min_score),
-            )
-            yield np.concatenate([row.get_image() for row in rows])
+            truth, found = (AnyTextVisualizer(image, metadata, scale) for _ in range(2))
+            # What is drawn is of no use to the training, which an error here must not end.
+            try:
+                truth.draw_dataset_dict(_drawable(record))
+                _draw_output(found, output, min_score)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                _logger.warning(f"the picture of {record['file_name']} is incomplete: {reason}")
+            yield np.concatenate([v.get_output().get_image() for v in (truth, found)])
+
+
+def _drawable(record: dict) -> dict:
+    """Return a record without what only some of its objects have.
+
+    Detectron2 looks at the first object, and takes the others to have the same.
+    """
+    annotations = record.get("annotations", [])
+    uneven = [
+        key
+        for key, sizes in (
+            ("segmentation", {"segmentation" in a for a in annotations}),
+            ("keypoints", {len(a.get("keypoints", ())) for a in annotations}),
+        )
+        if len(sizes) > 1
+    ]
+    drawn = [{k: v for k, v in a.items() if k not in uneven} for a in annotations]
+    return {**record, "annotations": drawn}
 
 
 def _draw_output(visualizer: Visualizer, output: dict[str, Any], min_score: float) -> VisImage:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +23,7 @@ from mabn_d2.engine.hooks import LogSlowIterations
 from mabn_d2.engine.hooks.best_checkpoint import best_metric
 from mabn_d2.engine.report import ap_tables, report_run
 from mabn_d2.engine.validation_loss import build_validation_loader, validation_losses
-from mabn_d2.visualization import plot_run, read_metrics
+from mabn_d2.visualization import plot_run, prediction_pictures, read_metrics
 from nested import flat
 from paths import ROOT
 
@@ -313,6 +313,35 @@ def test_pictures_reach_tensorboard(cfg):
     told(cfg, 1).train()
     events = EventAccumulator(cfg.OUTPUT_DIR, size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["predictions/0", "predictions/1"]
+
+
+@pytest.mark.parametrize(
+    "changes, warned",
+    [
+        ([{}, {"segmentation": None}], False),
+        ([{"keypoints": [5, 5, 2]}, {}], False),
+        ([{"keypoints": [5, 5, 2]}, {"keypoints": [5, 5, 2, 6, 6, 2]}], False),
+        ([{"category_id": 99}, {}], True),  # an error of the drawing ends no training
+    ],
+)
+def test_pictures_of_objects_that_differ(cfg, small_scenes, changes, warned, caplog):
+    """The first object has a mask or keypoints, and another one has none."""
+    record = copy.deepcopy(DatasetCatalog.get("small_scenes_val")[0])
+    for annotation, change in zip(record["annotations"], changes):
+        annotation.update(change)
+        if annotation["segmentation"] is None:
+            del annotation["segmentation"]
+    cfg.DATASETS.TEST = ("uneven",)
+    DatasetCatalog.register("uneven", lambda: [record])
+    MetadataCatalog.get("uneven").thing_classes = list("0123456789")
+    try:
+        (picture,) = prediction_pictures(cfg, Trainer.build_model(cfg))
+    finally:
+        DatasetCatalog.remove("uneven")
+        MetadataCatalog.remove("uneven")
+    assert picture.shape == (640, 320, 3)
+    incomplete = f"the picture of {record['file_name']} is incomplete: IndexError"
+    assert (incomplete in caplog.text) is warned
 
 
 def test_report(cfg):
