@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.description import classes_of, config_of
 from .checkpoint.stock_detector import load_whole
-from .data.mapper import BadImageError, NamingMapper, check_depth
+from .data.mapper import BadImageError, NamingMapper, check_header
 from .modeling.norm import BUILD_ERRORS, build_model
 from .surgery.fold import fold_mabn
 
@@ -96,10 +96,10 @@ class Predictor:
             class_names (array of str), and pred_masks (N, H, W) bool if the model has masks.
         Raises:
             BadImageError: for a path of an image that can't be read.
-            ValueError: for another array, or a PIL image of more than 8 bits a channel.
+            ValueError: for another array, or a PIL image that `check_header` refuses.
         """
         if isinstance(image, Image.Image):
-            check_depth(image)
+            check_header(image)
             array: np.ndarray = convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
         else:
             array = image if isinstance(image, np.ndarray) else self.read(image)

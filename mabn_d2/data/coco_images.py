@@ -8,7 +8,7 @@ from PIL import Image
 
 from .coco_findings import Edit, Findings, Problem
 from .errors import BadAnnotationError, one_line
-from .mapper import check_depth
+from .mapper import check_header, exif_orientation
 
 MAX_PIXELS = 2**31  # pycocotools counts in 32 bits
 OPENED = 1_000  # image files whose size is compared with the JSON
@@ -106,7 +106,7 @@ def _compare_with_files(
                 text = f"image {image['id']}: {path} can't be read ({one_line(error)})"
                 findings.problems.append(Problem("images", image["id"], text, position))
             else:  # it is named again when it is read
-                unreadable.append(path)
+                unreadable.append(f"{path} ({one_line(error)})")
             continue
         if found == given:
             continue
@@ -143,10 +143,10 @@ def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (width, height) as Detectron2 sees an image, and as it is stored.
 
     Raises:
-        Exception: of any kind, if it can't be read; ValueError for one that `check_depth` refuses.
+        Exception: of any kind, if it can't be read; ValueError for one that `check_header` refuses.
     """
     with Image.open(path) as image:
-        check_depth(image)
+        check_header(image)
         stored = image.size
-        turned = image.getexif().get(274) in (5, 6, 7, 8)  # tag Orientation
+        turned = exif_orientation(image) in (5, 6, 7, 8)
     return (stored[::-1] if turned else stored), stored

@@ -27,7 +27,7 @@ class NamingMapper:
     """Maps records by `mapper`; whatever it raises becomes a BadImageError with the image's path.
 
     Readers raise anything for a damaged file: OSError, SyntaxError, zlib's error, PIL's
-    DecompressionBombError. An image that `check_depth` refuses is one too.
+    DecompressionBombError. An image that `check_header` refuses is one too.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class NamingMapper:
         try:
             if path is not None:
                 with PathManager.open(path, "rb") as file, Image.open(file) as image:
-                    check_depth(image)
+                    check_header(image)
             return self.mapper(record)
         except SizeMismatchError as error:
             raise BadImageError(
@@ -53,14 +53,28 @@ class NamingMapper:
             ) from error
 
 
-def check_depth(image: Image.Image) -> None:
-    """Refuse an image of more than 8 bits a channel in one channel; needs its header only.
+def check_header(image: Image.Image) -> None:
+    """Refuse an image that Detectron2 would read without an error, and wrongly; needs its header only.
 
     Raises:
-        ValueError: because Detectron2 would cut it off at 255, and see white.
+        ValueError: for more than 8 bits a channel in one channel, which Detectron2 would cut off at
+            255, and see white; for a TIFF that Pillow turns while it loads it, and Detectron2 again.
     """
     if image.mode[0] in "IF":
         raise ValueError(f"mode {image.mode}, which needs converting to 8 bits a channel")
+    if image.format == "TIFF" and exif_orientation(image) in range(2, 9):
+        raise ValueError(
+            "a TIFF with the tag Orientation, which would be turned twice: save it upright, without "
+            "the tag"
+        )
+
+
+def exif_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF tag Orientation; a damaged EXIF has none, as for Detectron2."""
+    try:
+        return image.getexif().get(274)
+    except Exception:
+        return None
 
 
 class SeededDataset(torch.utils.data.Dataset):

@@ -415,13 +415,31 @@ def test_area_that_is_none(tmp_path, area):
     assert [e.value for e in findings.edits if e.field == "area"] == [pytest.approx(50, abs=15)]
 
 
-@pytest.mark.parametrize("mode", [None, "I;16", "F"])
-def test_images_that_an_evaluation_cannot_read(tmp_path, mode):
-    """It would end there, after the training up to it."""
+@pytest.mark.parametrize(
+    "mode, orientation, reason",
+    [
+        (None, 1, "cannot identify"),
+        ("I;16", 1, "8 bits a channel"),
+        ("F", 1, "8 bits a channel"),
+        ("RGB", 3, "would be turned twice: save it upright"),
+    ],
+)
+def test_images_that_an_evaluation_cannot_read(tmp_path, mode, orientation, reason):
+    """It would end there, after the training up to it, or compare with a picture turned twice."""
     if mode:
-        Image.new(mode, (30, 20)).save(tmp_path / "1.jpg", format="TIFF")
-    with pytest.raises(BadAnnotationError, match=r"image 1: .*1.jpg can't be read \("):
+        Image.new(mode, (30, 20)).save(
+            tmp_path / "1.jpg", format="TIFF", tiffinfo={274: orientation}
+        )
+    with pytest.raises(BadAnnotationError, match=rf"image 1: .*1.jpg can't be read \(.*{reason}"):
         check(tmp_path, GOOD, evaluation=True)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_image_whose_exif_is_damaged_or_says_nothing(tmp_path, format, caplog):
+    settings = {"tiffinfo": {274: 1}} if format == "TIFF" else {"exif": b"Exif\0\0damaged"}
+    Image.new("RGB", (30, 20)).save(tmp_path / "1.jpg", format=format, **settings)
+    check(tmp_path, GOOD, evaluation=True)
+    assert "can't be read" not in caplog.text
 
 
 def test_images_that_cannot_be_read(tmp_path, caplog):

@@ -151,6 +151,10 @@ def test_what_an_image_is(checkpoint, photos, tmp_path):
         assert torch.equal(predictor(same).scores, found.scores)
     with pytest.raises(ValueError, match="mode I;16, which needs converting to 8 bits"):
         predictor(Image.new("I;16", (32, 32)))
+    turned.save(tmp_path / "turned.tif", exif=exif)
+    for same in (tmp_path / "turned.tif", Image.open(tmp_path / "turned.tif")):
+        with pytest.raises((BadImageError, ValueError), match="would be turned twice"):
+            predictor(same)
     with pytest.raises(BadImageError, match="missing.png"):
         predictor(photos / "missing.png")
     with pytest.raises(ValueError, match="uint8, BGR"):
