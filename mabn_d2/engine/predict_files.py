@@ -3,6 +3,7 @@
 import glob
 import io
 import json
+import logging
 import sys
 import time
 from collections import Counter, defaultdict
@@ -19,7 +20,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..checkpoint.io import atomic_file, check_writable
-from ..data.labelled_folder.image_files import SUFFIXES, image_files
+from ..data.labelled_folder.image_files import OTHER_SUFFIXES, SUFFIXES, image_files
 from ..data.mapper import BadImageError
 from ..predictor import Predictor
 from ..visualization import AnyTextVisualizer, printable
@@ -27,6 +28,8 @@ from .errors import ConfigError
 
 PICTURES, RESULTS, IMAGES = "pictures", "predictions.json", "images.json"
 MIN_PICTURE = 480  # pixels of the longer side; smaller images are enlarged, or labels hide them
+
+_logger = logging.getLogger(__name__)
 
 
 class Predicted(NamedTuple):
@@ -48,19 +51,29 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
     for name in inputs:
         path = Path(name)
         matches = [path] if path.exists() else [Path(p) for p in glob.glob(name, recursive=True)]
-        files = []
+        files, others = [], []
         for match in sorted(matches):
             if match.is_dir():
                 inside = map(Path, image_files(match))
                 # What an earlier call has written is no input.
                 files += sorted(p for p in inside if output not in p.resolve().parents)
+                others += sorted(image_files(match, OTHER_SUFFIXES))
             elif match.is_file():
                 files.append(match)
+        left_out = (
+            f"{name!r} has {len(others)} images of other formats, {printable(others[0])} for one: "
+            "convert them to JPEG"
+            if others
+            else ""
+        )
         if not files:
             raise ConfigError(
-                f"{name!r} is no image, no folder with images ({', '.join(SUFFIXES[:3])}, ...) and "
+                left_out
+                or f"{name!r} is no image, no folder with images ({', '.join(SUFFIXES[:3])}, ...) and "
                 "no pattern that matches one: correct it"
             )
+        if left_out:
+            _logger.warning(f"left out: {left_out}")
         found += files
     files = list({file.resolve(): file for file in found}.values())
     pictures = output / PICTURES
@@ -110,6 +123,9 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
             skipped.append(text)
             tqdm.write(f"skipped: {printable(text)}", file=sys.stderr)
             continue
+        if (pages := _tiff_pages(path)) > 1:
+            text = f"{path}: the first of {pages} pages is used, save the others as images"
+            tqdm.write(printable(text), file=sys.stderr)
         seconds.append(time.perf_counter() - start)
         image_id, picture = len(images) + 1, _free_name(path, taken)
         _write_picture(pictures / picture, image, instances, metadata)
@@ -145,6 +161,14 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
     if seconds:
         table += f"\n{len(images)} images, {np.median(seconds):.3f} s each (median)"
     return Predicted(table, len(images), skipped)
+
+
+def _tiff_pages(path: Path) -> int:
+    with Image.open(path) as image:
+        try:
+            return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        except Exception:  # readers raise anything for damaged pages
+            return 1
 
 
 def _write_picture(path: Path, image: np.ndarray, instances: Instances, metadata: Metadata) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from pycocotools.coco import COCO
 
 from detectors import assert_same_instances, narrow_cfg, randomized, scenes
@@ -220,6 +221,35 @@ def test_thin_image_is_left_out(checkpoint, photos, tmp_path, capsys):
     _, _, images = predict(checkpoint, tmp_path / "out", tmp_path / "thin.png", photos / "a")
     assert len(images["images"]) == len(list((photos / "a").iterdir()))
     assert "thin.png: an image of 4000 x 1 pixels is too thin" in capsys.readouterr().err
+
+
+def test_formats_of_images(checkpoint, photos, tmp_path, capsys, caplog):
+    """What can be read is used, whatever its ending; what can't be read, or in part, is named."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = Image.open(photos / "a/photo.png")
+    more = [image, image]
+    image.save(folder / "pages.tif", save_all=True, append_images=more)
+    image.save(folder / "phone.mpo", format="MPO", save_all=True, append_images=more)
+    names = ["pages.tif", "phone.mpo"]
+    # Pillow may be built without these.
+    for suffix, feature in ((".jp2", "jpg_2000"), (".avif", "avif")):
+        if features.check(feature):
+            names.append("x" + suffix)
+            image.save(folder / names[-1])
+    for other in ("IMG.HEIC", "raw.dng", "notes.pdf", "film.mpg"):
+        (folder / other).touch()
+    _, _, images = predict(checkpoint, tmp_path / "out", folder, "--threshold", 1)
+    assert sorted(Path(i["file_name"]).name for i in images["images"]) == sorted(names)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "pages is used" in line]
+    assert line.startswith(f"{folder}/pages.tif: the first of 3 pages")
+    logging.getLogger("mabn_d2").propagate = True  # which the command has changed
+    find_images([str(folder)], tmp_path / "out")
+    assert f"left out: '{folder}' has 2 images of other formats, {folder}/IMG.HEIC" in caplog.text
+    for name in names:
+        (folder / name).unlink()
+    with pytest.raises(SystemExit, match="has 2 images of other formats.*convert them to JPEG"):
+        predict(checkpoint, tmp_path / "out", folder)
 
 
 @pytest.mark.parametrize("place", ["file", "file/out", "out"])

@@ -9,19 +9,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from .layouts import WHOLE, holds_masks, part_of
 
+# Not all that Pillow opens: it takes PDF and MPEG files for images, too.
 SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".gif",
-    ".jfif",
-    ".ppm",
-    ".pgm",
-)
+    ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".jpe", ".mpo", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".dib", ".tga", ".apng", ".avif", ".jp2", ".j2k", ".jpx", ".jpf",
+)  # fmt: skip
+# Photos that Pillow can't open, or only the small preview in them.
+OTHER_SUFFIXES = (
+    ".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2",
+    ".psd",
+)  # fmt: skip
 
 
 class ImageFinder:
@@ -102,8 +99,8 @@ class ImageFinder:
         return named != self.part
 
 
-def image_files(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of the image files below a folder, behind links to folders too."""
+def image_files(folder: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
+    """Yield the paths of the files of these endings below a folder, behind links to folders too."""
     seen = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
@@ -111,7 +108,7 @@ def image_files(folder: str | Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (os.path.join(path, file) for file in files if file.lower().endswith(SUFFIXES))
+        yield from (os.path.join(path, file) for file in files if file.lower().endswith(suffixes))
 
 
 def _spellings(file_name: str) -> list[str]:
