@@ -3,10 +3,12 @@
     tools/predict.py --checkpoint output/own_data/model_best.pth photos/*.jpg --output predictions
 
 The checkpoint holds the config and the class names. Images are files, folders or patterns. Exit status
-1 if no image could be read.
+1 if no image could be read or a file could not be written, 130 after Ctrl-C; predictions.json then holds
+what was predicted before.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = find_images(args.images, args.output)
     cfg = read_config(args.config_file) if args.config_file else None
     predictor = load_predictor(args.checkpoint, args.device, args.threshold, cfg)
-    predicted = predict_files(predictor, files, args.output)
+    try:
+        predicted = predict_files(predictor, files, args.output)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     print(predicted.table)
     print(f"pictures and predictions.json: {args.output}")
     if predicted.skipped:

@@ -28,6 +28,7 @@ from .errors import ConfigError
 
 PICTURES, RESULTS, IMAGES = "pictures", "predictions.json", "images.json"
 MIN_PICTURE = 480  # pixels of the longer side; smaller images are enlarged, or labels hide them
+MAX_PICTURE = 65_500  # JPEG's limit
 
 _logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
       `category_id`. `COCO("images.json").loadRes("predictions.json")` reads both.
 
     An image that can't be read is named and left out. Nothing else is written, whatever images and
-    classes are called.
+    classes are called. An error and Ctrl-C end it after both JSON files are written.
     """
     pictures = output / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
@@ -113,41 +114,44 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
     objects: Counter[int] = Counter()
     with_objects: Counter[int] = Counter()
     scores: dict[int, float] = defaultdict(float)
-    for path in tqdm(files, "images", unit="image"):
-        try:
-            image = predictor.read(path)
-            start = time.perf_counter()
-            instances = predictor(image)
-        except BadImageError as error:
-            text = str(error) if str(path) in str(error) else f"{path}: {error}"
-            skipped.append(text)
-            tqdm.write(f"skipped: {printable(text)}", file=sys.stderr)
-            continue
-        if (pages := _tiff_pages(path)) > 1:
-            text = f"{path}: the first of {pages} pages is used, save the others as images"
-            tqdm.write(printable(text), file=sys.stderr)
-        seconds.append(time.perf_counter() - start)
-        image_id, picture = len(images) + 1, _free_name(path, taken)
-        _write_picture(pictures / picture, image, instances, metadata)
-        height, width = image.shape[:2]
-        images.append(
-            {
-                "id": image_id,
-                "file_name": str(path),
-                "height": height,
-                "width": width,
-                "picture": f"{PICTURES}/{picture}",
-            }
-        )
-        for result in instances_to_coco_json(instances, image_id):
-            index = result["category_id"]
-            results.append({**result, "category_id": predictor.classes[index]["id"]})
-            objects[index] += 1
-            scores[index] += result["score"]
-        with_objects.update(set(instances.pred_classes.tolist()))
-    _write_json(output / RESULTS, results)
-    categories = [{"id": c["id"], "name": c["name"]} for c in predictor.classes]
-    _write_json(output / IMAGES, {"images": images, "annotations": [], "categories": categories})
+    try:
+        for path in tqdm(files, "images", unit="image"):
+            try:
+                image = predictor.read(path)
+                start = time.perf_counter()
+                instances = predictor(image)
+            except BadImageError as error:
+                text = str(error) if str(path) in str(error) else f"{path}: {error}"
+                skipped.append(text)
+                tqdm.write(f"skipped: {printable(text)}", file=sys.stderr)
+                continue
+            seconds.append(time.perf_counter() - start)
+            if (pages := _tiff_pages(path)) > 1:
+                text = f"{path}: the first of {pages} pages is used, save the others as images"
+                tqdm.write(printable(text), file=sys.stderr)
+            image_id, picture = len(images) + 1, _free_name(path, taken)
+            _write_picture(pictures / picture, image, instances, metadata)
+            height, width = image.shape[:2]
+            images.append(
+                {
+                    "id": image_id,
+                    "file_name": str(path),
+                    "height": height,
+                    "width": width,
+                    "picture": f"{PICTURES}/{picture}",
+                }
+            )
+            for result in instances_to_coco_json(instances, image_id):
+                index = result["category_id"]
+                results.append({**result, "category_id": predictor.classes[index]["id"]})
+                objects[index] += 1
+                scores[index] += result["score"]
+            with_objects.update(set(instances.pred_classes.tolist()))
+    finally:  # what was predicted is kept if a picture can't be written, and on Ctrl-C
+        _write_json(output / RESULTS, results)
+        categories = [{"id": c["id"], "name": c["name"]} for c in predictor.classes]
+        content = {"images": images, "annotations": [], "categories": categories}
+        _write_json(output / IMAGES, content)
     rows = [
         [printable(predictor.class_names[k]), n, with_objects[k], f"{scores[k] / n:.2f}"]
         for k, n in sorted(objects.items())
@@ -172,7 +176,8 @@ def _tiff_pages(path: Path) -> int:
 
 
 def _write_picture(path: Path, image: np.ndarray, instances: Instances, metadata: Metadata) -> None:
-    scale = max(1.0, MIN_PICTURE / max(image.shape[:2]))
+    longer = max(image.shape[:2])
+    scale = min(max(1.0, MIN_PICTURE / longer), MAX_PICTURE / longer)
     drawn = AnyTextVisualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(
         instances
     )

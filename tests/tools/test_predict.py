@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from mabn_d2.data.mapper import BadImageError
 from mabn_d2.engine.predict_files import find_images
 from mabn_d2.layers import CenConv2d, MABN2d
 from mabn_d2.modeling.norm import build_model
+from mabn_d2.predictor import Predictor
 from paths import ROOT
 
 # Names that would be paths, mathematics, control characters, or have no glyph.
@@ -250,6 +252,38 @@ def test_formats_of_images(checkpoint, photos, tmp_path, capsys, caplog):
         (folder / name).unlink()
     with pytest.raises(SystemExit, match="has 2 images of other formats.*convert them to JPEG"):
         predict(checkpoint, tmp_path / "out", folder)
+
+
+def test_picture_that_is_too_large_for_jpeg(checkpoint, tmp_path):
+    Image.new("RGB", (66_000, 80)).save(tmp_path / "wide.png")
+    _, _, images = predict(checkpoint, tmp_path / "out", tmp_path / "wide.png", "--threshold", 1)
+    with Image.open(tmp_path / "out" / images["images"][0]["picture"]) as picture:
+        assert picture.size == (65_500, 79)
+
+
+@pytest.mark.parametrize(
+    "fault, status", [("picture", "can't write .*photo-2.jpg"), ("key", "130")]
+)
+def test_what_was_predicted_is_kept(checkpoint, photos, tmp_path, monkeypatch, fault, status):
+    """If the second picture can't be written, and on Ctrl-C while the second image is read."""
+    if fault == "picture":
+        (tmp_path / "pictures/photo-2.jpg").mkdir(parents=True)
+    else:
+        read = Predictor.read
+
+        def interrupted(self, path):
+            if "deep er" in str(path):
+                os.kill(os.getpid(), signal.SIGINT)
+            return read(self, path)
+
+        monkeypatch.setattr(Predictor, "read", interrupted)
+    with pytest.raises(SystemExit, match=status):
+        predict(checkpoint, tmp_path, photos, "--threshold", 0.1)
+    results, images = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("predictions", "images")
+    )
+    assert [Path(i["file_name"]).parent.name for i in images["images"]] == ["a"]
+    assert results and {r["image_id"] for r in results} == {1}
 
 
 @pytest.mark.parametrize("place", ["file", "file/out", "out"])
