@@ -13,6 +13,7 @@ from .coco_parsing import read_json
 from .dataset_summary import DatasetSummary, summarize_records
 from .errors import BadAnnotationError, DataError
 from .packages import remedy
+from .pascal_voc import find_problem
 from .record_boxes import RecordCheck
 from .requirements import DataRequirements, listed, unique
 from .semantic_labels import check_labels
@@ -214,6 +215,9 @@ def _call(name: str, key: str, function: Callable[[], list[dict]]) -> list[dict]
             f"{remedy(package)}"
         ) from error
     except Exception as error:  # the function may be the user's, and raise anything
+        problem = find_problem(MetadataCatalog.get(name))
+        if problem:
+            raise DataError(f"{key} names {name!r}, which can't be loaded: {problem}") from error
         reason = " ".join(str(error).split()) or "no message"
         raise DataError(
             f"{key} names {name!r}, which can't be loaded ({type(error).__name__}: {reason}): "

@@ -197,6 +197,21 @@ def test_equal_names_in_two_folders(tmp_path):
         read_folder(folder)
 
 
+@pytest.mark.parametrize("name", ["coco128.yaml", "labels.csv"])
+def test_file_of_another_format(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(BadAnnotationError, match=f"{name} is .*: export the labels as COCO JSON"):
+        read_folder(tmp_path / name)
+
+
+def test_annotations_with_a_capital(export):
+    folder = export("coco")
+    (folder / "annotations").rename(folder / "Annotations")
+    for path in (folder, folder / "Annotations/instances_train2017.json"):
+        parts = read_folder(path).parts
+        assert parts["train"].image_root == folder / "train2017"
+
+
 def test_export_without_images(export):
     folder = export("cvat")
     shutil.rmtree(folder / "images")
@@ -254,6 +269,10 @@ UNKNOWN = [
                 (f / "data.yaml").write_text("")], r"data\.yaml is YOLO"),
     (lambda f: [(f / "in").mkdir(), *(shutil.move(f / p, f / "in") for p in ("train", "valid"))],
      "or name .*/in if it is the export"),
+    (lambda f: [shutil.rmtree(f / "train"), (f / "valid").rename(f / "images"),
+                (f / "images/_annotations.coco.json").unlink()], "export the labels as COCO JSON$"),
+    (lambda f: [shutil.rmtree(f / p) for p in ("train", "valid")] + [(f / "Annotations").mkdir(),
+                (f / "Annotations/1.xml").touch()], r"\(Annotations/1.xml is Pascal VOC"),
     (shutil.rmtree, "does not exist"),
     (lambda f: [shutil.rmtree(f), f.write_text("")], "unpack an archive"),
     (lambda f: (f / "train/_annotations.coco.json").write_text("[1"), "can't be read as JSON"),

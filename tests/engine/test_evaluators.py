@@ -101,6 +101,36 @@ def test_pascal_voc_is_checked(digits_cfg, voc):
         check_data(cfg)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda names, xml: names.write_text("train1"), "train.txt names one image, .*: add one"),
+        (
+            lambda names, xml: names.write_text("train1  1\ntrain2 -1"),
+            "line 'train1 1', as lists of",
+        ),
+        (
+            lambda names, xml: xml.write_text("<annotation>"),
+            "train1.xml can't be read .*: repair it",
+        ),
+        (
+            lambda names, xml: xml.write_text(xml.read_text().replace(CLASSES[0], "zebra")),
+            "train1.xml has an object of the class 'zebra', which is none of",
+        ),
+    ],
+)
+def test_pascal_voc_files_that_cannot_be_loaded(digits_cfg, voc, change, message):
+    cfg = read_rectangles(digits_cfg, masks=False)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("own_voc_train",), ()
+    for xml in (voc / "Annotations").glob("train*.xml"):
+        xml.write_text(
+            PICTURE.format(size=SIZE, objects=OBJECT.format(1, 1, 9, 9, name=CLASSES[0]))
+        )
+    change(voc / "ImageSets/Main/train.txt", voc / "Annotations/train1.xml")
+    with pytest.raises(DataError, match=f"'own_voc_train', which can't be loaded: .*{message}"):
+        check_data(cfg)
+
+
 def test_pascal_voc_files_that_train_and_do_not_evaluate(digits_cfg, voc):
     cfg = read_rectangles(digits_cfg, masks=False)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("own_voc_train",), ("own_voc_val",)

@@ -30,7 +30,7 @@ MASK_NAMES |= {"annotation", "annotations", "segmentations"}
 ROBOFLOW = "_annotations.coco.json"
 # What other export formats leave in a folder.
 OTHER_FORMATS = {
-    "data.yaml": "YOLO",
+    "*.yaml": "YOLO",
     "*.xml": "Pascal VOC or CVAT XML",
     "*.csv": "CSV",
     "*.zip": "zip",
@@ -63,11 +63,14 @@ def find_layout(path: str | Path) -> Layout:
     path = Path(path)
     if path.is_file():
         if path.suffix.lower() != ".json":
+            formats = [format for pattern, format in OTHER_FORMATS.items() if path.match(pattern)]
             raise BadAnnotationError(
-                f"{path} is neither a folder nor a JSON file: unpack an archive first, and name the "
-                "folder with the annotations"
+                f"{path} is {formats[0]}: export the labels as COCO JSON, and name the folder"
+                if formats and formats != ["zip"]
+                else f"{path} is neither a folder nor a JSON file: unpack an archive first, and name "
+                "the folder with the annotations"
             )
-        folder = path.parent.parent if path.parent.name == "annotations" else path.parent
+        folder = path.parent.parent if _is_annotations(path.parent) else path.parent
         return Layout("JSON", folder, {WHOLE: Part(path, _image_roots(path, folder, None))})
     if not path.is_dir():
         raise BadAnnotationError(
@@ -78,13 +81,13 @@ def find_layout(path: str | Path) -> Layout:
         name: files
         for name, files in (
             ("Roboflow", _in_part_folders(path)),
-            ("COCO", sorted(path.glob("annotations/instances_*.json"))),
+            ("COCO", sorted(_annotations(path).glob("instances_*.json"))),
             ("Label Studio", [f for f in [path / "result.json"] if f.is_file()]),
         )
         if files
     }
     if not found:
-        files = _coco_files(path / "annotations") or _coco_files(path)
+        files = _coco_files(_annotations(path)) or _coco_files(path)
         found = {"JSON": files} if files else {}
     if not found:
         raise BadAnnotationError(f"{path} holds no annotations that are known: {_looked_for(path)}")
@@ -111,6 +114,18 @@ def holds_masks(path: str | Path, folder: str | Path) -> bool:
 
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
+
+
+def _is_annotations(folder: Path) -> bool:
+    return folder.name.lower() == "annotations"
+
+
+def _annotations(folder: Path) -> Path:
+    """Return the folder "annotations" in a folder, which may be written "Annotations"."""
+    usual = folder / "annotations"
+    if usual.is_dir():
+        return usual
+    return next((f for f in sorted(folder.iterdir()) if _is_annotations(f) and f.is_dir()), usual)
 
 
 def _in_part_folders(folder: Path) -> list[Path]:
@@ -170,11 +185,11 @@ def _looked_for(folder: Path) -> str:
         "result.json (Label Studio) and *.json; export the labels as COCO JSON"
     )
     for pattern, format in OTHER_FORMATS.items():
-        other = next(iter(sorted(folder.glob(pattern))), None)
-        if other:
-            return f"{text} ({other.name} is {format})"
+        found = [*sorted(folder.glob(pattern)), *sorted(_annotations(folder).glob(pattern))]
+        if found:
+            return f"{text} ({found[0].relative_to(folder)} is {format})"
     inner = [f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
-    if len(inner) == 1:
+    if len(inner) == 1 and any(inner[0].rglob("*.json")):
         return f"{text}, or name {inner[0]} if it is the export"
     return text
 
@@ -182,7 +197,7 @@ def _looked_for(folder: Path) -> str:
 def _image_roots(json_file: Path, folder: Path, part: str | None) -> tuple[Path, ...]:
     """Return the folders to look for images in, the likeliest first."""
     beside, subset = json_file.parent, json_file.stem.removeprefix("instances_")
-    in_annotations = beside.name == "annotations"
+    in_annotations = _is_annotations(beside)
     roots = [] if in_annotations else [beside]
     for base in (folder, folder / "images"):
         roots.append(base / subset)
