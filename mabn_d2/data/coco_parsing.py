@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
@@ -42,6 +43,16 @@ def is_text(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def parse_file(path: Path) -> Any:
+    """Return what a JSON file in UTF-8, UTF-16 or UTF-32 holds, also behind a byte order mark.
+
+    Raises:
+        OSError, ValueError, RecursionError: if it can't be read.
+    """
+    with paused_gc():
+        return json.loads(path.read_bytes())
 
 
 def read_json(path: str) -> Any:

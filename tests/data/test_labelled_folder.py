@@ -1,5 +1,6 @@
 """Layouts of labelling tools: parts, images, classes."""
 
+import gc
 import json
 import os
 import shutil
@@ -243,13 +244,22 @@ def test_subsets_of_cvat(export):
     assert [len(part.coco["images"]) for part in parts.values()] == [12, 4]
 
 
-def test_two_json_files(export):
+def test_two_json_files(export, monkeypatch):
+    """Each is parsed once, while the garbage collector pauses."""
     folder = export("roboflow")
     for part in ("train", "valid"):
         (folder / part / "_annotations.coco.json").rename(folder / f"{part}.json")
     (folder / "package.json").write_text("{}")
+    loads, collects = json.loads, []
+
+    def spied(text):
+        collects.append(gc.isenabled())
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", spied)
     parts = read_folder(folder).parts
     assert [len(part.coco["images"]) for part in parts.values()] == [12, 4]
+    assert collects == [False] * 3 and gc.isenabled()
 
 
 def test_test_part_is_not_trained_on(export):

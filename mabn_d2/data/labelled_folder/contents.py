@@ -1,6 +1,7 @@
 """Reads a labelled folder: one list of classes for all parts, images found, a part to validate on."""
 
 import filecmp
+import functools
 import hashlib
 import json
 import math
@@ -8,10 +9,11 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..coco_parsing import parse_file
 from ..errors import BadAnnotationError
 from .categories import unify_categories
 from .image_files import ImageFinder
@@ -52,14 +54,15 @@ def read_folder(
     Raises:
         BadAnnotationError: if the folder can't be used; one line.
     """
-    layout = find_layout(path)
+    parse = functools.cache(parse_file)  # the layout and the content need the same files
+    layout = find_layout(path, parse)
     files = {key: part.json_file for key, part in layout.parts.items()}
     if val_share is not None and not {"train", WHOLE} & files.keys():
         raise BadAnnotationError(
             f"{path} has no part to train on, only {', '.join(map(str, files.values()))}: add a "
             "part named train, or name the file to train on instead of the folder"
         )
-    coco = {key: read_coco(file) for key, file in files.items()}
+    coco = {key: read_coco(file, parse) for key, file in files.items()}
     rewritten = {key for key, file in files.items() if normalize(coco[key]) | _is_encoded(file)}
     categories, changed, notes = unify_categories(files, coco, class_names)
     changed |= rewritten
@@ -76,14 +79,17 @@ def read_folder(
     return LabelledFolder(layout, categories, parts, held_out, notes)
 
 
-def read_coco(json_file: str | Path) -> dict[str, Any]:
+def read_coco(json_file: str | Path, parse: Callable[[Path], Any] = parse_file) -> dict[str, Any]:
     """Return the content of a COCO file: a dict with three lists of dicts, more is not checked.
 
+    Args:
+        json_file: path of the file.
+        parse: reads a JSON file.
     Raises:
         BadAnnotationError: if it is none.
     """
     try:
-        content = json.loads(Path(json_file).read_bytes())
+        content = parse(Path(json_file))
     except (OSError, ValueError, RecursionError) as error:
         raise BadAnnotationError(
             f"{json_file} can't be read as JSON ({error}): export it again"

@@ -9,13 +9,13 @@
 | JSON | one `*.json`, or `train.json` and `val.json` | beside it, `images/`, `train/`, `val/` |
 """
 
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from ..coco_parsing import parse_file
 from ..errors import BadAnnotationError
 
 PART_NAMES = {  # part of a dataset: words by which files and folders name it
@@ -52,11 +52,12 @@ class Layout(NamedTuple):
     parts: dict[str, Part]  # keys of PART_NAMES; without subsets the one key WHOLE
 
 
-def find_layout(path: str | Path) -> Layout:
+def find_layout(path: str | Path, parse: Callable[[Path], Any] = parse_file) -> Layout:
     """Find the annotation files of a labelled folder.
 
     Args:
         path: the folder, or one COCO JSON file with its images beside it.
+        parse: reads a JSON file.
     Raises:
         BadAnnotationError: if there is nothing known, or more than one thing, to train on.
     """
@@ -80,14 +81,14 @@ def find_layout(path: str | Path) -> Layout:
     found = {
         name: files
         for name, files in (
-            ("Roboflow", _in_part_folders(path)),
+            ("Roboflow", _in_part_folders(path, parse)),
             ("COCO", sorted(_annotations(path).glob("instances_*.json"))),
             ("Label Studio", [f for f in [path / "result.json"] if f.is_file()]),
         )
         if files
     }
     if not found:
-        files = _coco_files(_annotations(path)) or _coco_files(path)
+        files = _coco_files(_annotations(path), parse) or _coco_files(path, parse)
         found = {"JSON": files} if files else {}
     if not found:
         raise BadAnnotationError(f"{path} holds no annotations that are known: {_looked_for(path)}")
@@ -128,25 +129,25 @@ def _annotations(folder: Path) -> Path:
     return next((f for f in sorted(folder.iterdir()) if _is_annotations(f) and f.is_dir()), usual)
 
 
-def _in_part_folders(folder: Path) -> list[Path]:
+def _in_part_folders(folder: Path, parse: Callable[[Path], Any]) -> list[Path]:
     """Return the files of Roboflow's layout: one JSON file beside the images of each part."""
     files = []
     for part in sorted(folder.iterdir()):
         if part.is_dir() and part_of(part.name):
             own = part / ROBOFLOW
-            files += [own] if own.is_file() else _coco_files(part)
+            files += [own] if own.is_file() else _coco_files(part, parse)
     return files
 
 
-def _coco_files(folder: Path) -> list[Path]:
+def _coco_files(folder: Path, parse: Callable[[Path], Any]) -> list[Path]:
     """Return the JSON files of a folder; if there are several, those of COCO's form."""
     files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
-    return files if len(files) < 2 else [file for file in files if _is_coco(file)]
+    return files if len(files) < 2 else [file for file in files if _is_coco(file, parse)]
 
 
-def _is_coco(file: Path) -> bool:
+def _is_coco(file: Path, parse: Callable[[Path], Any]) -> bool:
     try:
-        content = json.loads(file.read_bytes())
+        content = parse(file)
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
