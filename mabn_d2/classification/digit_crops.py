@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.digit_scenes import SPLITS, SceneParams, load_sources, render_scene
+from ..data.digit_scenes import SPLITS, SceneParams, load_sources, named_extra, render_scene
 
 VERSION = 1  # raise it if the same parameters give other files
 
@@ -38,6 +38,7 @@ def make_digit_crops(folder: str | Path, params: CropParams = CropParams()) -> P
     and parameters, not on how many there are.
 
     Raises:
+        ImportError: if a package of the extra `data` is missing.
         ValueError: if `folder` exists and is not this dataset.
     """
     folder = Path(folder)
@@ -49,7 +50,8 @@ def make_digit_crops(folder: str | Path, params: CropParams = CropParams()) -> P
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             whole = Path(scratch) / folder.name
             for split in SPLITS:
-                _write_split(whole / split, split, params)
+                with named_extra():
+                    _write_split(whole / split, split, params)
             (whole / "dataset.json").write_text(json.dumps(description, indent=1))
             try:
                 os.rename(whole, folder)
@@ -92,5 +94,5 @@ if __name__ == "__main__":
     args = vars(parser.parse_args())
     try:
         print(make_digit_crops(args.pop("folder"), CropParams(**args)))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.exit(1, f"digit_crops: {error}\n")

@@ -45,7 +45,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@one_line_errors(BrokenProcessPool, OSError, ValueError)
+@one_line_errors(BrokenProcessPool, ImportError, OSError, ValueError)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and draw; a failed run is one line and exit status 1."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -8,6 +8,8 @@ masks are the visible parts. Train and val share no digit and no photo column.
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +85,15 @@ def split_digits(seed: int = 0) -> dict[str, np.ndarray]:
     """Return {"train": (1437,), "val": (360,)}: disjoint positions in `load_digits`."""
     order = np.random.default_rng(seed).permutation(NUM_DIGITS)
     return {"train": np.sort(order[VAL_DIGITS:]), "val": np.sort(order[:VAL_DIGITS])}
+
+
+@contextmanager
+def named_extra() -> Iterator[None]:
+    """Name the extra whose packages make the data in an ImportError."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'mabn_d2[data]'") from error
 
 
 def load_sources(split: str, seed: int = 0) -> SceneSources:
@@ -182,10 +193,8 @@ def make_digit_scenes(
             (whole / "annotations").mkdir(parents=True)
             (whole / "dataset.json").write_text(json.dumps(description, indent=1))
             for split in SPLITS:
-                try:
+                with named_extra():
                     _write_split(whole, split, params, progress)
-                except ImportError as error:
-                    raise ImportError(f"{error}: pip install 'mabn_d2[data]'") from error
             try:
                 os.rename(whole, folder)
             except OSError:  # another process was first, if its folder is there

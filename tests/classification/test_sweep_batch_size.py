@@ -14,6 +14,7 @@ import pytest
 from classifying import ENVIRONMENT, make_data
 from mabn_d2.classification.sweep import missing_runs, read_rows, training_args
 from mabn_d2.classification.sweep_report import table
+from mabn_d2.commands.sweep_batch_size import main
 from paths import ROOT
 
 SMALL = (
@@ -55,6 +56,17 @@ def sweep(folder, *more, sizes=TWO):
 def read(folder):
     text = (folder / "results/batch_size_crops/sweep.csv").read_text()
     return text, list(csv.DictReader(text.splitlines()))
+
+
+def test_missing_package(tmp_path, monkeypatch):
+    """The digit crops are made of scikit-learn's digits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match=r"sklearn.*pip install 'mabn_d2\[data\]'"):
+        main(["--output", "out"])
+    signal.signal(signal.SIGTERM, before)
+    assert not Path("datasets/digit_crops").exists()
 
 
 def test_runs_once_and_draws(folder):
