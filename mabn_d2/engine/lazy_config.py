@@ -30,7 +30,7 @@ from .hooks.best_checkpoint import TASKS, task_of
 from .hooks.log_statistics import LogStatistics
 from .launch import count_processes
 from .lazy_data import can_be_seeded, is_dataset_mapper, target
-from .model_check import build_errors, check_weights, quiet
+from .model_check import check_weights, quiet, without_data
 from .resume import check_output_folder, differences
 from .value_check import warn_of_window
 
@@ -122,8 +122,7 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
             f"train.init_checkpoint is {weights!r}, which does not exist: correct the path, or set it "
             "to '' to start from random weights"
         )
-    with build_errors(cfg.model, "model."), torch.device("meta"), quiet():
-        model = instantiate(cfg.model)
+    model = without_data(lambda _: instantiate(cfg.model), cfg.model, "model.")
     if train:
         _check_solver(cfg, model)
         images = cfg.dataloader.train.get("total_batch_size")
@@ -191,7 +190,7 @@ def _check_solver(cfg: DictConfig, model: nn.Module) -> None:
     """The optimizer and the schedule can be built, and the schedule has values from 0 to the end.
 
     Args:
-        model: without data.
+        model: as `without_data` builds it.
     """
     rate = cfg.optimizer.get("lr", 1.0)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:

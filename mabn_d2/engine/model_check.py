@@ -1,7 +1,7 @@
 """The model of a config and its weights, checked without data before anything is trained or written."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,37 +35,53 @@ def check_model(cfg: CfgNode, resume: bool = False, train: bool = True) -> None:
     if key in _checked:
         return
     model = build_without_data(cfg)
-    if model is not None:
-        if train and cfg.MODEL.MABN.LOG_PERIOD > 0:
-            try:
-                norms_to_watch(model, cfg.MODEL.MABN.LOG_LAYERS)
-            except ValueError as error:
-                raise ConfigError(
-                    f"MODEL.MABN.LOG_LAYERS: {error}: correct it, or set MODEL.MABN.LOG_PERIOD 0"
-                ) from error
-        weights, convert = cfg.MODEL.WEIGHTS, cfg.MODEL.MABN.CONVERT_WEIGHTS
-        check_weights(model, weights, cfg.OUTPUT_DIR, resume, train, convert)
+    if train and cfg.MODEL.MABN.LOG_PERIOD > 0:
+        try:
+            norms_to_watch(model, cfg.MODEL.MABN.LOG_LAYERS)
+        except ValueError as error:
+            raise ConfigError(
+                f"MODEL.MABN.LOG_LAYERS: {error}: correct it, or set MODEL.MABN.LOG_PERIOD 0"
+            ) from error
+    weights, convert = cfg.MODEL.WEIGHTS, cfg.MODEL.MABN.CONVERT_WEIGHTS
+    check_weights(model, weights, cfg.OUTPUT_DIR, resume, train, convert)
     _checked.add(key)
 
 
-def build_without_data(cfg: CfgNode) -> nn.Module | None:
-    """Return the model of `cfg` on the meta device: shapes only.
+def build_without_data(cfg: CfgNode) -> nn.Module:
+    """Return the model of `cfg`, as `without_data` builds it.
 
-    Returns:
-        None for a model whose constructor needs data; it is checked when it is built and loaded.
     Raises:
         ConfigError: if no model can be built.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
+
+    def build(device: str) -> nn.Module:
+        moved = cfg.clone()
+        moved.defrost()
+        moved.MODEL.DEVICE = device
+        return build_model(moved)
+
+    return without_data(build, cfg.MODEL)
+
+
+def without_data(
+    build: Callable[[str], nn.Module], node: Mapping, prefix: str = "MODEL."
+) -> nn.Module:
+    """Return a model on the meta device, shapes only; on the CPU if its constructor needs data.
+
+    ViT, Swin and MViT read their drop rates from a tensor.
+
+    Args:
+        build: from a device to the model.
+        node, prefix: as in `build_errors`.
+    Raises:
+        ConfigError: if no model can be built.
+    """
     try:
-        with build_errors(cfg.MODEL), torch.device("meta"), quiet():
-            return build_model(cfg)
-    except ConfigError as error:
-        if "meta tensor" in str(error).lower():
-            return None
-        raise
+        with build_errors(node, prefix), torch.device("meta"), quiet():
+            return build("meta")
+    except ConfigError:  # of the config or of the device: the CPU shows which
+        with build_errors(node, prefix), torch.device("cpu"), quiet():
+            return build("cpu")
 
 
 def check_weights(
@@ -77,10 +93,10 @@ def check_weights(
     convert_batch_norm: bool = False,
     key: str = "MODEL.WEIGHTS",
 ) -> None:
-    """Load the weights of a run into a model without data: only the checks of loading remain.
+    """Load the weights of a run into a model of its own: only the checks of loading remain.
 
     Args:
-        model: on the meta device.
+        model: as `without_data` builds it.
         weights: file that a run starts from.
         folder: of the run's checkpoints.
         resume: the last checkpoint of `folder` comes before `weights`.

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from test_lazy import USERS
 
 from mabn_d2 import CheckpointError
@@ -67,6 +67,40 @@ def test_mistakes(config, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message) as error:
         check(arguments(config, *options))
     assert "\n" not in str(error.value) and not (tmp_path / "output").exists()
+
+
+VIT = """
+from detectron2.config import LazyCall as L
+from detectron2.modeling import SimpleFeaturePyramid, ViT
+model.backbone = L(SimpleFeaturePyramid)(
+    net=L(ViT)(img_size=64, embed_dim=8, depth=2, num_heads=2, window_size=2, out_feature="last_feat"),
+    in_feature="${.net.out_feature}", out_channels=16, scale_factors=(4.0, 2.0, 1.0, 0.5),
+    top_block=L(LastLevelMaxPool)(), norm="LN", square_pad=64,
+)
+"""
+SWIN = """
+from detectron2.config import LazyCall as L
+from detectron2.modeling import SwinTransformer
+model.backbone.bottom_up = L(SwinTransformer)(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+model.backbone.in_features = ["p0", "p1", "p2", "p3"]
+"""
+FPN = "from detectron2.modeling.backbone.fpn import LastLevelMaxPool\n"
+
+
+@pytest.mark.parametrize("backbone", [FPN + VIT, SWIN])
+def test_backbones_that_need_data(backbone, config, tmp_path):
+    """They read their drop rates from a tensor, which has no values on the meta device."""
+    config.write_text(f"{config.read_text()}{backbone}")
+    cfg = load_lazy_config(arguments(config))
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": instantiate(cfg.model).state_dict()}, weights)
+    for eval_only in (False, True):
+        check(arguments(config, f"train.init_checkpoint={weights}", eval_only=eval_only))
+    with pytest.raises(ConfigError, match="no model can be built from the config.*num_clases"):
+        check(arguments(config, "model.roi_heads.num_clases=3"))
+    with pytest.raises(CheckpointError, match="train.init_checkpoint: .*need all"):
+        options = (f"train.init_checkpoint={weights}", "model.roi_heads.num_classes=3")
+        check(arguments(config, *options, eval_only=True))
 
 
 def test_windows_of_other_images(config, caplog):

@@ -3,13 +3,16 @@
 import logging
 
 import pytest
+import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.engine.model_check import build_without_data
 from mabn_d2.engine.value_check import check_values
+from mabn_d2.modeling.backbone import build_mabn_resnet_fpn_backbone
 from paths import ROOT
 
 
@@ -131,6 +134,22 @@ def test_what_only_building_shows(digits_cfg, key, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         build_without_data(digits_cfg)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_needs_data(digits_cfg):
+    def build_with_drop_rates(cfg, input_shape):
+        rates = torch.linspace(0, 1, 4)
+        return build_mabn_resnet_fpn_backbone(cfg, input_shape) if rates[3].item() == 1 else None
+
+    digits_cfg.MODEL.BACKBONE.NAME = build_with_drop_rates.__name__
+    BACKBONE_REGISTRY.register(build_with_drop_rates)
+    try:
+        assert build_without_data(digits_cfg).backbone.bottom_up.stem.conv1.weight.is_cpu
+        digits_cfg.MODEL.RPN.IN_FEATURES = ["p2", "p9"]
+        with pytest.raises(ConfigError, match=r"MODEL.RPN.IN_FEATURES has 'p9'"):
+            build_without_data(digits_cfg)
+    finally:
+        del BACKBONE_REGISTRY._obj_map[build_with_drop_rates.__name__]
 
 
 @pytest.mark.parametrize("warmup, start, said", [
