@@ -65,6 +65,8 @@ _MUST_STAY = {
     "optimizer._target_": "the checkpoint has no state of the other optimizer",
     "dataloader.train.dataset": "the iteration and the schedule are those of the other images",
 }
+# Arguments of models that no weight and no loss depends on begin so: score threshold, NMS, ...
+_OF_INFERENCE = ("test_", "combine_")
 
 
 def load_lazy_config(args: Namespace) -> DictConfig:
@@ -346,7 +348,9 @@ def log_or_refuse_changes(cfg: DictConfig) -> list[str]:
     changes = {key: (was, now) for key, was, now in differences(old, new)}
     for prefix, reason in _MUST_STAY.items():
         for key, (was, now) in changes.items():
-            if key == prefix or key.startswith(f"{prefix}."):
+            name = key.rpartition(".")[2]
+            of_inference = prefix == "model" and name.startswith(_OF_INFERENCE)
+            if (key == prefix or key.startswith(f"{prefix}.")) and not of_inference:
                 raise ConfigError(
                     f"{key} is {now!r}, but the run in train.output_dir {cfg.train.output_dir!r} has "
                     f"{was!r}: {reason}; name another folder, with train.init_checkpoint the last "

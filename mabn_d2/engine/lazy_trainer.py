@@ -1,6 +1,8 @@
 """Training and evaluation of a model of a LazyConfig, with MABN."""
 
 import contextlib
+import copy
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -208,7 +210,10 @@ def run(args: Namespace) -> dict[str, Any] | None:
     check_lazy_data(cfg, train=not args.eval_only)  # before default_setup writes to output_dir
     changes = log_or_refuse_changes(cfg) if args.resume and not args.eval_only else []
     comm.synchronize()  # all have read config.yaml before it is written
-    default_setup(cfg, args)
+    logged = copy.deepcopy(cfg)
+    if args.eval_only:  # config.yaml and log.txt of the training stay
+        logged.train.output_dir = os.path.join(cfg.train.output_dir, "evaluation")
+    default_setup(logged, args)
     share_log()
     if comm.is_main_process():
         log_changes(changes, "the last checkpoint's")

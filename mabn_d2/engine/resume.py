@@ -24,8 +24,9 @@ from ..modeling.norm import NORM
 from ..modeling.norm_table import NORMS
 from .errors import ConfigError
 
-# MODEL must stay the same for a checkpoint to fit, but for these keys and the settings of norms.
-MODEL_MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE")
+# MODEL must stay the same for a checkpoint to fit, but for these keys, the settings of norms and what
+# has TEST in its name, such as the score threshold.
+MODEL_MAY_CHANGE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.PANOPTIC_FPN.COMBINE.")
 # Keys that may not change besides, and why.
 MUST_STAY = {
     "SOLVER.OPTIMIZER": "the checkpoint has no state of the other optimizer",
@@ -116,7 +117,11 @@ def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:
     if set(changes.get("MODEL.BACKBONE.NAME", ())) == SAME_WITH_MABN and cfg.MODEL.FPN.NORM == NORM:
         del changes["MODEL.BACKBONE.NAME"]
     may_change = (*MODEL_MAY_CHANGE, *(f"MODEL.{name}." for name in NORMS))
-    model = [key for key in changes if key.startswith("MODEL.") and not key.startswith(may_change)]
+    model = [
+        key
+        for key in changes
+        if key.startswith("MODEL.") and not key.startswith(may_change) and "TEST" not in key
+    ]
     if model:
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} holds a run with other {', '.join(model[:5])}: name "

@@ -138,8 +138,11 @@ def test_launcher_trains_resumes_and_evaluates(launcher, tmp_path):
     assert [c["name"] for c in state["classes"]] == [str(i) for i in range(10)]
     assert state["iteration"] == 2
     assert state["model"]["backbone.bottom_up.stem.conv1.norm.iters"].item() == 3
-    results = launcher("--resume", "--eval-only")
+    of_training = (tmp_path / "config.yaml").read_text()
+    results = launcher("--resume", "--eval-only", "train.log_period=7")
     assert results["segm"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+    assert (tmp_path / "config.yaml").read_text() == of_training
+    assert "log_period: 7" in (tmp_path / "evaluation/config.yaml").read_text()
 
 
 def test_converted_batch_norm_is_recalibrated(launcher, tmp_path):

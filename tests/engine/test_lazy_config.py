@@ -177,6 +177,9 @@ def test_folder_of_another_run(config, tmp_path):
     assert log_or_refuse_changes(cfg) == []
     changes = log_or_refuse_changes(load_lazy_config(arguments(config, "optimizer.lr=0.5")))
     assert changes == ["optimizer.lr 0.001 -> 0.5"]
+    threshold = "model.roi_heads.box_predictor.test_score_thresh"
+    changes = log_or_refuse_changes(load_lazy_config(arguments(config, f"{threshold}=0.5")))
+    assert changes == [f"{threshold} 0.05 -> 0.5"]
     for option in ("model.roi_heads.num_classes=3", "dataloader.train.dataset.names=small_scenes_val",
                    "optimizer._target_=torch.optim.AdamW"):  # fmt: skip
         with pytest.raises(ConfigError, match=option.partition("=")[0]):

@@ -43,7 +43,10 @@ def test_rates_and_decays_take_effect(begun, caplog):
     # Groups are made of equal settings, so this changes which parameters are in which.
     begun.SOLVER.WEIGHT_DECAY, begun.SOLVER.WEIGHT_DECAY_NORM = 0.25, 0.125
     begun.SOLVER.BIAS_LR_FACTOR = 3.0
+    begun.MODEL.ROI_HEADS.SCORE_THRESH_TEST, begun.MODEL.RPN.POST_NMS_TOPK_TEST = 0.25, 7
     trainer = resumed(begun)
+    assert "MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.05 -> 0.25" in caplog.text
+    assert trainer.model.proposal_generator.post_nms_topk[False] == 7
     assert "SOLVER.BASE_LR" in caplog.text and "-> 0.5" in caplog.text
     named = dict(trainer.model.named_parameters())
     groups = {id(p): g for g in trainer.optimizer.param_groups for p in g["params"]}
