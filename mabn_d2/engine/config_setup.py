@@ -7,6 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..config import AUTO
+from ..modeling.backbone import MABN_OR_ANOTHER
+from ..modeling.norm import NORM
 from ..safe_yaml import load_yaml
 from .config_check import check_config
 from .config_reader import leaves, read_config
@@ -42,6 +44,8 @@ def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
         cfg = scale_to_processes(cfg, processes)
     cfg.freeze()
     check_config(cfg, processes, resume=args.resume, train=train)
+    if not args.resume:  # where the norm may not change any more
+        _check_norms(cfg, args)
     if (
         alone or comm.get_world_size() == 1
     ):  # one of several: `launch` has checked the model before it
@@ -57,6 +61,22 @@ def _check_used(cfg: CfgNode, args: Namespace) -> None:
             raise ConfigError(
                 f"SOLVER.{key} is {cfg.SOLVER[key]}, but SOLVER.{sets} is {value}, which comes first: "
                 f"set SOLVER.{sets} {type(value)(AUTO)} too"
+            )
+
+
+def _check_norms(cfg: CfgNode, args: Namespace) -> None:
+    """The backbones of MABN take the default norms, but not from a user who asks for them.
+
+    The config.yaml of a run has every key, so that these norms may be the defaults there.
+    """
+    name, in_file = cfg.MODEL.BACKBONE.NAME, _keys_of_file(args.config_file)
+    backbones = {"RESNETS": "build_mabn_resnet", "FPN": "build_mabn_resnet_fpn"}
+    for node, prefix in backbones.items():
+        key, value = f"MODEL.{node}.NORM", cfg.MODEL[node].NORM
+        asked = key in in_file and not {f"MODEL.{node}.{k}" for k in cfg.MODEL[node]} <= in_file
+        if name.startswith(prefix) and value != NORM and (asked or key in args.opts[::2]):
+            raise ConfigError(
+                f"{key} is {value!r}, which {name} does not support: set it to {MABN_OR_ANOTHER}"
             )
 
 

@@ -1,5 +1,6 @@
 """ResNet and ResNet-FPN backbones whose every norm is MABN."""
 
+import logging
 from typing import Any
 
 import fvcore.nn.weight_init as weight_init
@@ -14,6 +15,10 @@ from .norm import NORM, configure_mabn
 from .norm_table import norm_settings
 from .registry import register
 
+# What a NORM of the backbones of MABN may be.
+MABN_OR_ANOTHER = (
+    f'"{NORM}", or set MODEL.BACKBONE.NAME build_any_norm_resnet_fpn_backbone for another norm'
+)
 BLOCKS_PER_STAGE = {
     10: (1, 1, 1, 1),
     18: (2, 2, 2, 2),
@@ -46,7 +51,7 @@ def build_mabn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     Raises:
         ValueError: for a setting that this backbone does not have.
     """
-    _check(cfg.MODEL.RESNETS.NORM in (NORM, "FrozenBN"), cfg, "MODEL.RESNETS.NORM", '"MABN"')
+    _check_norm(cfg, "RESNETS", "FrozenBN")
     return configure_mabn(_build_resnet(cfg, input_shape, NORM), **norm_settings(cfg))
 
 
@@ -109,7 +114,7 @@ def build_mabn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ValueError: for a setting that this backbone does not have.
     """
-    _check(cfg.MODEL.FPN.NORM in (NORM, ""), cfg, "MODEL.FPN.NORM", '"MABN"')
+    _check_norm(cfg, "FPN", "")
     fpn = _build_fpn(cfg, build_mabn_resnet_backbone(cfg, input_shape), NORM)
     return configure_mabn(fpn, **norm_settings(cfg))
 
@@ -135,6 +140,17 @@ def _build_fpn(cfg: CfgNode, bottom_up: ResNet, norm: str) -> FPN:
         top_block=LastLevelMaxPool(),
         fuse_type=node.FUSE_TYPE,
     )
+
+
+def _check_norm(cfg: CfgNode, node: str, default: str) -> None:
+    """Take MABN, or Detectron2's default, and say that MABN comes in its place."""
+    key, value = f"MODEL.{node}.NORM", cfg.MODEL[node].NORM
+    _check(value in (NORM, default), cfg, key, MABN_OR_ANOTHER)
+    if value != NORM:
+        logging.getLogger(__name__).info(
+            f"{key} is {value!r}, Detectron2's default, in whose place {cfg.MODEL.BACKBONE.NAME} puts "
+            f"{NORM}"
+        )
 
 
 def _check(good: bool, cfg: CfgNode, key: str, wanted: str) -> None:

@@ -1,6 +1,7 @@
 """Typos and numbers out of range, in keys that Detectron2 looks up late: one line before anything."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from detectron2.config import get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY
 
 from mabn_d2 import add_mabn_config
-from mabn_d2.engine import ConfigError, Trainer, check_config
+from mabn_d2.engine import ConfigError, Trainer, check_config, setup_config
 from mabn_d2.engine.model_check import build_without_data
 from mabn_d2.engine.value_check import check_values
 from mabn_d2.modeling.backbone import build_mabn_resnet_fpn_backbone
+from mabn_d2.modeling.norm import build_model
 from paths import ROOT
 
 
@@ -134,6 +136,32 @@ def test_what_only_building_shows(digits_cfg, key, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         build_without_data(digits_cfg)
     assert "\n" not in str(error.value)
+
+
+def test_norms_in_whose_place_mabn_comes(digits_cfg, tmp_path, caplog):
+    """The defaults that the published config leaves are MABN; a user who asks for them is told."""
+    digits_cfg.MODEL.BACKBONE.NAME = "build_mabn_resnet_fpn_backbone"
+    digits_cfg.MODEL.RESNETS.NORM, digits_cfg.MODEL.FPN.NORM = "FrozenBN", ""
+    saved, path = tmp_path / "config.yaml", tmp_path / "users.yaml"
+    saved.write_text(digits_cfg.dump())
+
+    def setup(file, *opts, resume=False):
+        arguments = {"num_gpus": 0, "num_machines": 1, "resume": resume, "eval_only": False}
+        return setup_config(SimpleNamespace(config_file=str(file), opts=list(opts), **arguments))
+
+    with caplog.at_level("INFO"):
+        build_model(setup(saved))
+    assert "RESNETS.NORM is 'FrozenBN', Detectron2's default, in whose place" in caplog.text
+    assert "FPN.NORM is '', Detectron2's default, in whose place" in caplog.text
+    for node in ("RESNETS: {NORM: FrozenBN}", "FPN: {NORM: ''}"):
+        path.write_text(f"_BASE_: config.yaml\nMODEL: {{{node}}}\n")
+        with pytest.raises(ConfigError, match='set it to "MABN", or set .*build_any_norm_resnet'):
+            setup(path)
+        setup(path, resume=True)
+        setup(path, "MODEL.BACKBONE.NAME", "build_any_norm_resnet_fpn_backbone")
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is 'FrozenBN', which build_mabn_"):
+        setup(saved, "MODEL.RESNETS.NORM", "FrozenBN")
+    setup(path, "MODEL.FPN.NORM", "MABN")
 
 
 def test_a_model_that_needs_data(digits_cfg):

@@ -100,6 +100,7 @@ def test_freeze_at():
     [
         ("DEPTH", 20),
         ("NORM", "GN"),
+        ("NORM", "BN"),
         ("DEFORM_ON_PER_STAGE", [False, True, True, True]),
         ("RES5_DILATION", 3),
     ],
