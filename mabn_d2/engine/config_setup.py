@@ -54,10 +54,15 @@ def setup_config(args: Namespace, alone: bool = False) -> CfgNode:
 
 
 def _check_used(cfg: CfgNode, args: Namespace) -> None:
-    """What the command line gives for an automatic key must not end without effect."""
+    """What the user gives for an automatic key must not end without effect.
+
+    The config.yaml of a run has both keys.
+    """
+    given, in_file = args.opts[::2], _keys_of_file(args.config_file)
     for key, sets in (("EPOCHS", "MAX_ITER"), ("LR_FOR_16_IMAGES", "BASE_LR")):
         value = cfg.SOLVER[sets]
-        if f"SOLVER.{key}" in args.opts[::2] and value != AUTO:
+        of_base = f"SOLVER.{key}" in in_file and f"SOLVER.{sets}" not in {*given, *in_file}
+        if (of_base or f"SOLVER.{key}" in given) and value != AUTO:
             raise ConfigError(
                 f"SOLVER.{key} is {cfg.SOLVER[key]}, but SOLVER.{sets} is {value}, which comes first: "
                 f"set SOLVER.{sets} {type(value)(AUTO)} too"

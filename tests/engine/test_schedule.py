@@ -215,6 +215,13 @@ def test_keys_that_another_one_comes_before(opts, message, tmp_path, small_scene
     config = str(ROOT / "configs/digits/scratch_mask_rcnn_R18_FPN_mabn.yaml")
     with pytest.raises(ConfigError, match=message):
         setup_config(SimpleNamespace(config_file=config, opts=opts, **arguments))
+    users = tmp_path / "users.yaml"  # in front of a base with numbers
+    users.write_text(f"_BASE_: {config}\n{opts[0].replace('.', ': {')}: {opts[1]}}}\n")
+    with pytest.raises(ConfigError, match=message):
+        setup_config(SimpleNamespace(config_file=str(users), opts=[], **arguments))
+    if "EPOCHS" in opts[0]:
+        opts = [*map(str, DIGITS), "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", str(tmp_path / "run")]
+        setup_config(SimpleNamespace(config_file=str(users), opts=opts, **arguments))
 
 
 def test_the_saved_config_repeats_the_run(tmp_path, small_scenes):
