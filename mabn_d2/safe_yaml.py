@@ -83,7 +83,7 @@ def _check(filename: str, above: tuple[str, ...]) -> None:
         base = os.path.expanduser(str(base))
         if not base.startswith(("/", "https://", "http://")):
             base = os.path.join(os.path.dirname(filename), base)
-        if not PathManager.isfile(base):
+        if "://" not in base and not PathManager.isfile(base):
             raise yaml.YAMLError(f"{BASE} of {filename} is {base}, which does not exist")
         _check(base, (*above, path))
 
@@ -94,7 +94,11 @@ def load_yaml(filename: str) -> dict[str, Any]:
     Raises:
         As `check_yaml`.
     """
-    with PathManager.open(filename) as file:
+    try:
+        opened = PathManager.open(filename)
+    except OSError as error:  # of a download, which does not name it
+        raise OSError(f"{filename} can't be read ({error}): correct its name") from error
+    with opened as file:
         try:
             content = yaml.load(file, _Loader)
         except yaml.constructor.ConstructorError as error:

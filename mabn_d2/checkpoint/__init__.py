@@ -3,7 +3,7 @@
 from .checkpointer import SafeCheckpointer
 from .detector import convert_detector
 from .imagenet import convert_imagenet
-from .io import CheckpointError, read_checkpoint, write_checkpoint
+from .io import CheckpointError, read_checkpoint, weights_file, write_checkpoint
 from .record import differences, warn_of_differences
 from .stock_detector import fold_detector, load_whole
 
@@ -17,5 +17,6 @@ __all__ = [
     "load_whole",
     "read_checkpoint",
     "warn_of_differences",
+    "weights_file",
     "write_checkpoint",
 ]

@@ -126,7 +126,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._source, self.converted = str(path), []
         try:
             checkpoint = super().load(path, *args, **kwargs)
-        except (AssertionError, OSError) as error:
+        except CheckpointError:
+            raise
+        except (AssertionError, OSError, ValueError) as error:  # of a "?" and something unknown too
             text = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"can't read {path}: {text}; correct the path") from error
         self.loaded = checkpoint

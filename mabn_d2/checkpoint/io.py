@@ -129,6 +129,11 @@ class _Pickle:
         return _TensorUnpickler(file, **kwargs).load()
 
 
+def weights_file(weights: str) -> str:
+    """Return a value of MODEL.WEIGHTS without "?matching_heuristics=True", which Detectron2 reads there."""
+    return weights.partition("?")[0]
+
+
 def read_checkpoint(path: str | Path) -> Any:
     """Return what a checkpoint file holds: plain containers, tensors on the CPU, numpy arrays.
 

@@ -7,6 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint import weights_file
 from ..modeling.norm_table import NORMS
 from .errors import ConfigError, did_you_mean
 from .hooks.best_checkpoint import TASKS, task_of
@@ -35,7 +36,8 @@ def check_config(cfg: CfgNode, workers: int = 1, resume: bool = False, train: bo
         _check_output(cfg, resume)
     weights = cfg.MODEL.WEIGHTS
     resumes = resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")
-    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
+    there = "://" in weights or PathManager.isfile(weights_file(weights))
+    if weights and not resumes and not there:
         raise ConfigError(
             f"MODEL.WEIGHTS is {weights!r}, which does not exist: "
             + (

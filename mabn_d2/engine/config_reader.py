@@ -47,7 +47,8 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
     _check_pairs(opts, defaults)
     try:
         check_yaml(config_file)
-        cfg.merge_from_file(config_file)
+        # Of an address, the copy, which Detectron2 finds to be a file.
+        cfg.merge_from_file(PathManager.get_local_path(config_file))
         cfg.merge_from_list(opts)
         # yacs lets None take the place of any value, and then any value that of None: once more,
         # each against its default.

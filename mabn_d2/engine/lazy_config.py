@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from ..checkpoint import weights_file
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..layers import MABN2d
@@ -119,7 +120,8 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
             log_or_refuse_changes(cfg)
     weights = cfg.train.get("init_checkpoint") or ""
     resumes = args.resume and PathManager.isfile(f"{folder}/last_checkpoint")
-    if weights and "://" not in weights and not resumes and not PathManager.isfile(weights):
+    there = "://" in weights or PathManager.isfile(weights_file(weights))
+    if weights and not resumes and not there:
         raise ConfigError(
             f"train.init_checkpoint is {weights!r}, which does not exist: correct the path, or set it "
             "to '' to start from random weights"

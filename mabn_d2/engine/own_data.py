@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import read_checkpoint, weights_file
 from ..checkpoint.description import classes_of, config_of
 from ..data.errors import DataError
 from ..data.labelled_folder import (
@@ -170,7 +170,7 @@ def use_folder_for(
     """
     file = (resume and last_checkpoint(cfg.OUTPUT_DIR)) or ""
     if not file and not train:
-        file = cfg.MODEL.WEIGHTS
+        file = weights_file(cfg.MODEL.WEIGHTS)
     checkpoint = read_checkpoint(file) if file and os.path.isfile(file) else {}
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     classes = classes_of(checkpoint)

@@ -27,6 +27,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer
 
+from ..checkpoint import weights_file
 from ..config import AUTO
 from ..data.data_check import check_requirements
 from ..data.requirements import DataRequirements
@@ -128,7 +129,7 @@ def _choose_weights(cfg: CfgNode) -> None:
     cfg.MODEL.WEIGHTS_IF_PRESENT = ""
     if cfg.MODEL.WEIGHTS:
         return
-    if os.path.isfile(optional):
+    if os.path.isfile(weights_file(optional)):
         cfg.MODEL.WEIGHTS = optional
 
 

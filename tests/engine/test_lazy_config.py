@@ -160,7 +160,8 @@ def test_weights_of_another_norm(config, tmp_path):
     torch.save({"model": {f"{stem}.weight": torch.ones(64, 3, 7, 7), **state}}, path)
     with pytest.raises(CheckpointError, match="train.init_checkpoint: .*BatchNorm where .* MABN"):
         check(arguments(config, f"train.init_checkpoint={path}"))
-    check(arguments(config, f"train.init_checkpoint={path}", "train.convert_weights=True"))
+    for name in (path, f"'{path}?matching_heuristics=True'"):
+        check(arguments(config, f"train.init_checkpoint={name}", "train.convert_weights=True"))
     assert not (tmp_path / "output").exists()
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from commands import CONFIG, SMALL, exit_line
 from mabn_d2 import CheckpointError, convert_imagenet
 from mabn_d2.checkpoint import write_checkpoint
-from mabn_d2.engine import Trainer, read_config
+from mabn_d2.engine import ConfigError, Trainer, check_config, read_config
+from mabn_d2.engine.model_check import check_model
+from mabn_d2.engine.schedule import finalize_schedule
 from mabn_d2.layers import MABN2d
 from paths import ROOT
 from published_resnet import PublishedResNet
@@ -47,6 +49,23 @@ def test_weights_of_another_norm_end_a_script_of_ones_own(digits_cfg, weights):
     digits_cfg.merge_from_list([*SMALL, "MODEL.WEIGHTS", str(weights["BN"])])
     with pytest.raises(CheckpointError, match="BatchNorm where the model has MABN"):
         Trainer(digits_cfg).resume_or_load(resume=False)
+
+
+def test_weights_with_names_that_are_matched(digits_cfg, weights):
+    """Detectron2's `?matching_heuristics=True` behind the name of a local file."""
+    digits_cfg.merge_from_list(
+        [*SMALL, "MODEL.WEIGHTS_IF_PRESENT", f"{weights['MABN']}?matching_heuristics=True"]
+    )
+    finalize_schedule(digits_cfg)
+    assert digits_cfg.MODEL.WEIGHTS.endswith("matching_heuristics=True")
+    check_config(digits_cfg)
+    check_model(digits_cfg, train=False)
+    digits_cfg.MODEL.WEIGHTS += "&other=1"
+    with pytest.raises(CheckpointError, match="can't read .*: Unsupported query"):
+        check_model(digits_cfg, train=False)
+    digits_cfg.MODEL.WEIGHTS = "no.pth?matching_heuristics=True"
+    with pytest.raises(ConfigError, match="no.pth.matching_heuristics=True', which does not exist"):
+        check_config(digits_cfg)
 
 
 @pytest.mark.parametrize(

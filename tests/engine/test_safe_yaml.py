@@ -1,5 +1,9 @@
 """YAML configs run no code: the file itself, its bases, and the config in a checkpoint."""
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -73,6 +77,35 @@ def test_hostile_config_in_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="os.mkdir"):
         config_of({"config": text})
     assert not (tmp_path / "trap").exists()
+
+
+def test_configs_and_bases_with_an_address(tmp_path, monkeypatch):
+    """Of a server: a base, a config with a base beside it, and what it does not have."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    served.mkdir()
+    hostile(served).rename(served / "hostile.yaml")
+    (served / "base.yaml").write_text(f"_BASE_: {ROOT / CONFIG}\nSOLVER: {{MAX_ITER: 7}}\n")
+    (served / "users.yaml").write_text("_BASE_: base.yaml\nSEED: 3\n")
+    handler = partial(SimpleHTTPRequestHandler, directory=served)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            path = tmp_path / "a.yaml"
+            path.write_text(f"_BASE_: {address}/base.yaml\nSEED: 3\n")
+            for file in (path, f"{address}/users.yaml"):
+                cfg = read_config(file)
+                assert (cfg.SOLVER.MAX_ITER, cfg.SEED) == (7, 3)
+            path.write_text(f"_BASE_: {address}/hostile.yaml\n")
+            with pytest.raises(ConfigError, match="hostile.yaml is refused, and nothing"):
+                read_config(path)
+            path.write_text(f"_BASE_: {address}/no.yaml\n")
+            for file in (path, f"{address}/no.yaml"):
+                with pytest.raises(ConfigError, match=f"{address}/no.yaml can't be read .*404"):
+                    read_config(file)
+        finally:
+            server.shutdown()
 
 
 def test_what_is_plain_is_read(tmp_path):
