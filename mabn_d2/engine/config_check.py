@@ -59,6 +59,7 @@ def check_settings(cfg: CfgNode, workers: int = 1, train: bool = True) -> None:
     Raises:
         ConfigError: naming the key, its value and the remedy.
     """
+    check_keys(cfg)
     check_values(cfg, train)
     images, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
     if steps < 1:
@@ -115,6 +116,15 @@ def check_settings(cfg: CfgNode, workers: int = 1, train: bool = True) -> None:
                     f"{did_you_mean(name, DatasetCatalog.list())}: use one of "
                     f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
                 )
+
+
+def check_keys(cfg: CfgNode) -> None:
+    """Raise ConfigError for a config without the keys of this package."""
+    if "ACCUMULATION_STEPS" not in cfg.SOLVER:
+        raise ConfigError(
+            "the config has no SOLVER.ACCUMULATION_STEPS and other keys of mabn_d2: call "
+            "mabn_d2.add_mabn_config(cfg) before merging the file"
+        )
 
 
 def _check_output(cfg: CfgNode, resume: bool) -> None:

@@ -27,7 +27,7 @@ from ..modeling.norm_table import norm_settings
 from ..solver import build_lr_scheduler, build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
 from ..visualization import prediction_pictures
-from .config_check import check_settings
+from .config_check import check_keys, check_settings
 from .data_check import check_data
 from .errors import on_one_rank
 from .evaluators import build_evaluator
@@ -85,6 +85,7 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         share_log()
+        check_keys(cfg)
         cfg = with_folder(cfg)
         build, ours = (getattr_static(cls, "build_evaluator") for cls in (type(self), Trainer))
         check_data(cfg, evaluators=build is ours)

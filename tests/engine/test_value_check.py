@@ -88,6 +88,9 @@ def test_a_script_of_ones_own_gets_the_same_line(digits_cfg):
     digits_cfg.SOLVER.LR_SCHEDULER_NAME = "Cosine"
     with pytest.raises(ConfigError, match="SOLVER.LR_SCHEDULER_NAME is 'Cosine'"):
         Trainer(digits_cfg)
+    for check in (Trainer, check_config):
+        with pytest.raises(ConfigError, match="call mabn_d2.add_mabn_config.cfg. before merging"):
+            check(get_cfg())
 
 
 @pytest.mark.parametrize(
