@@ -1,6 +1,6 @@
 """Checks a config before a run, for errors that would appear late or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -50,17 +50,20 @@ def check_config(cfg: CfgNode, workers: int = 1, resume: bool = False, train: bo
         )
 
 
-def check_settings(cfg: CfgNode, workers: int = 1, train: bool = True) -> None:
+def check_settings(
+    cfg: CfgNode, workers: int = 1, train: bool = True, own: Container[str] = ()
+) -> None:
     """Check the values of a config against each other; no file is read.
 
     Args:
         workers: training processes on all machines.
         train: False where the config is for evaluation only.
+        own: as in `check_values`.
     Raises:
         ConfigError: naming the key, its value and the remedy.
     """
     check_keys(cfg)
-    check_values(cfg, train)
+    check_values(cfg, train, own)
     images, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
     if steps < 1:
         raise ConfigError(

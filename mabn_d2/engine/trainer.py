@@ -66,6 +66,14 @@ from .validation_loss import build_validation_loader, validation_losses
 
 _logger = logging.getLogger(__name__)
 
+# Keys whose values are known as long as a subclass does not override the method that reads them.
+_READ_BY = {
+    "SOLVER.LR_SCHEDULER_NAME": "build_lr_scheduler",
+    "SOLVER.WARMUP_METHOD": "build_lr_scheduler",
+    "SOLVER.OPTIMIZER": "build_optimizer",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "build_optimizer",
+}
+
 
 class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer, for MABN.
@@ -87,12 +95,12 @@ class Trainer(DefaultTrainer):
         share_log()
         check_keys(cfg)
         cfg = with_folder(cfg)
-        build, ours = (getattr_static(cls, "build_evaluator") for cls in (type(self), Trainer))
-        check_data(cfg, evaluators=build is ours)
+        check_data(cfg, evaluators=not self._overrides("build_evaluator"))
         cfg = cfg.clone()
         finalize_schedule(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        check_settings(cfg, comm.get_world_size())
+        own = [key for key, method in _READ_BY.items() if self._overrides(method)]
+        check_settings(cfg, comm.get_world_size(), own=own)
         log_schedule(cfg)
         with build_errors(cfg.MODEL):
             model = self.build_model(cfg)
@@ -165,6 +173,10 @@ class Trainer(DefaultTrainer):
             if isinstance(text, str)
             else []
         )
+
+    def _overrides(self, method: str) -> bool:
+        """Return whether a subclass has a method of its own."""
+        return getattr_static(type(self), method) is not getattr_static(Trainer, method)
 
     def _bare_model(self) -> nn.Module:
         model: nn.Module = self.model

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,11 +174,12 @@ WIDTHS = {
 }
 
 
-def check_values(cfg: CfgNode, train: bool = True) -> None:
+def check_values(cfg: CfgNode, train: bool = True, own: Container[str] = ()) -> None:
     """Check the values of Detectron2's keys, each by itself and some against each other.
 
     Args:
         train: False where the config is for evaluation only: what only trains is not looked at.
+        own: keys of `CHOICES` that a user's own code reads, and that may have other values.
     Raises:
         ConfigError: naming the key, its value and what it may be.
     """
@@ -191,7 +192,7 @@ def check_values(cfg: CfgNode, train: bool = True) -> None:
             )
     for key, choices in CHOICES.items():
         value = get(cfg, key)
-        if value is not None and value not in choices and _is_used(cfg, key):
+        if value is not None and value not in choices and key not in own and _is_used(cfg, key):
             raise ConfigError(
                 f"{key} is {value!r}{did_you_mean(value, choices)}: use one of "
                 f"{', '.join(map(str, choices))}"

@@ -93,6 +93,30 @@ def test_a_script_of_ones_own_gets_the_same_line(digits_cfg):
             check(get_cfg())
 
 
+def test_values_of_ones_own_trainer(digits_cfg):
+    """As long as its methods read them."""
+
+    class Poly(Trainer):
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
+            return torch.optim.lr_scheduler.PolynomialLR(optimizer, cfg.SOLVER.MAX_ITER)
+
+    class Adam(Poly):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            return torch.optim.Adam(model.parameters(), cfg.SOLVER.BASE_LR)
+
+    digits_cfg.SOLVER.LR_SCHEDULER_NAME, digits_cfg.SOLVER.OPTIMIZER = "WarmupPolyLR", "ADAM"
+    digits_cfg.SOLVER.MAX_ITER, digits_cfg.DATASETS.TEST = 1, ()
+    with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER is 'ADAM'"):
+        Poly(digits_cfg)
+    trainer = Adam(digits_cfg)
+    trainer.train()
+    assert isinstance(trainer.optimizer, torch.optim.Adam)
+    assert trainer.optimizer.param_groups[0]["lr"] < digits_cfg.SOLVER.BASE_LR
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [
