@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from argparse import Namespace
+from inspect import signature
 
 import torch
 import yaml
@@ -16,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import weights_file
 from ..data.packages import remedy
@@ -58,8 +60,13 @@ _AT_LEAST = {
 _BOOLEANS = (
     "train.amp.enabled", "train.cudnn_benchmark", "train.convert_weights", "train.ddp.fp16_compression",
 )  # fmt: skip
-# Keys of two nodes of `train`; the first of each is needed.
-_NODE_KEYS = {"amp": ("enabled",), "checkpointer": ("period", "max_to_keep", "file_prefix")}
+# Keys of nodes of `train`; where the node is needed, so is the first.
+_NODE_KEYS = {
+    "amp": ("enabled",),
+    "checkpointer": ("period", "max_to_keep", "file_prefix"),
+    # `distribute` gives the module and the devices.
+    "ddp": ("fp16_compression", *list(signature(DistributedDataParallel).parameters)[2:]),
+}
 # What must be the same in a run that is resumed, and why.
 _MUST_STAY = {
     "model": "its checkpoint would not fit",
@@ -154,13 +161,15 @@ def _check_train(train: DictConfig) -> None:
         if key not in train:
             raise ConfigError(f"train.{key} is missing: give it a value")
     for name, allowed in _NODE_KEYS.items():
+        if name not in train:
+            continue
         keys = train[name] if isinstance(train[name], DictConfig) else [train[name]]
         for key in keys:
             if key not in allowed:
                 raise ConfigError(
                     f"train.{name} has {key!r}{did_you_mean(key, allowed)}: give {', '.join(allowed)}"
                 )
-        if allowed[0] not in keys:
+        if name in _NEEDED and allowed[0] not in keys:
             raise ConfigError(f"train.{name}.{allowed[0]} is missing: give it a value")
     try:
         torch.device(train.device)

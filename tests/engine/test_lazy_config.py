@@ -37,6 +37,8 @@ def arguments(config, *opts, resume=False, eval_only=False):
     (["train.checkpointer.max_to_keep=0"], "train.checkpointer.max_to_keep is 0"),
     (["+train.checkpointer.max_to_keeep=3"], r"train.checkpointer has 'max_to_keeep' \(did you mean max_to_keep\?"),
     (["train.checkpointer=3"], "train.checkpointer has 3: give period"),
+    (["+train.ddp.find_unused=True"], r"train.ddp has 'find_unused' \(did you mean find_unused_parameters\?\): give fp16_"),
+    (["+train.ddp.device_ids=[1]"], "train.ddp has 'device_ids'.*: give fp16_compression"),
     (["train.amp.enabled=off"], "train.amp.enabled is 'off': use True or False"),
     (["train.amp=True"], "train.amp has True: give enabled"),
     (["+train.seed=abc"], "train.seed is 'abc': give a whole number"),
@@ -101,6 +103,14 @@ def test_backbones_that_need_data(backbone, config, tmp_path):
     with pytest.raises(CheckpointError, match="train.init_checkpoint: .*need all"):
         options = (f"train.init_checkpoint={weights}", "model.roi_heads.num_classes=3")
         check(arguments(config, *options, eval_only=True))
+
+
+def test_settings_of_processes(config):
+    check(
+        arguments(
+            config, "+train.ddp.find_unused_parameters=True", "+train.ddp.fp16_compression=True"
+        )
+    )
 
 
 def test_windows_of_other_images(config, caplog):
