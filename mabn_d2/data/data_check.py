@@ -20,7 +20,7 @@ from .coco_files import (
 )
 from .comparison import compare
 from .dataset_reader import DatasetReader, check_builtin
-from .errors import DataError
+from .errors import DataError, did_you_mean
 from .requirements import DataRequirements, unique
 
 SECONDS_TO_SPEAK = 5.0  # for the process that prints an error, before the others end
@@ -137,9 +137,11 @@ def check_names(wanted: DataRequirements) -> None:
     for setting in (wanted.test, wanted.train):
         for name in setting.value or ():
             if name not in DatasetCatalog:
+                known = sorted(DatasetCatalog.list())
                 raise DataError(
-                    f"{setting.key} names {name!r}, which is not registered: use one of "
-                    f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
+                    f"{setting.key} names {name!r}, which is not registered"
+                    f"{did_you_mean(name, known)}: use one of {', '.join(known[:3])}, ... or register it "
+                    "at import"
                 )
             check_builtin(name, setting.key)
     for setting, sets in wanted.proposals:

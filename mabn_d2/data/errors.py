@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
 
 
 class DataError(ValueError):
@@ -18,6 +20,12 @@ def one_line(message: object, limit: int = 1000) -> str:
     """Return the text of a message or an exception on one line."""
     text = " ".join(str(message).split())
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def did_you_mean(word: object, known: Any) -> str:
+    """Return " (did you mean X?)" if a known word is close, and an empty text if none is."""
+    close = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 @contextmanager

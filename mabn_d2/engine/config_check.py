@@ -3,13 +3,12 @@
 from collections.abc import Container, Iterator
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import weights_file
 from ..modeling.norm_table import NORMS
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .hooks.best_checkpoint import TASKS, task_of
 from .resume import check_output_folder, check_same_run
 from .value_check import check_values, uses_mabn, warn_of_window
@@ -111,14 +110,6 @@ def check_settings(
                 f"{key}.NORM is {node.NORM!r}, which needs GPUs where several processes train: use "
                 '"naiveSyncBN", which runs on the CPU too'
             )
-    for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            if name not in DatasetCatalog:
-                raise ConfigError(
-                    f"DATASETS.{key} names {name!r}, which is not registered"
-                    f"{did_you_mean(name, DatasetCatalog.list())}: use one of "
-                    f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
-                )
 
 
 def check_keys(cfg: CfgNode) -> None:

@@ -12,9 +12,9 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
 from ..config_files import config_names
-from ..data.errors import one_line
+from ..data.errors import did_you_mean, one_line
 from ..safe_yaml import RefusedYAML, check_yaml
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 
 # Keys for which None is a value of its own: no override of WEIGHT_DECAY.
 MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")

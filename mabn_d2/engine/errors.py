@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,3 @@ def on_one_rank(function: Callable[[], Any]) -> None:
     if error is not None and comm.get_rank() == failed.index(True):
         raise error
     sys.exit(1)
-
-
-def did_you_mean(word: object, known: Any) -> str:
-    """Return " (did you mean X?)" if a known word is close, and an empty text if none is."""
-    close = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import weights_file
+from ..data.errors import did_you_mean, one_line
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
 from ..layers import MABN2d
@@ -27,7 +28,7 @@ from ..modeling.norm_table import NORMS
 from ..safe_yaml import load_as_data
 from ..solver import UntilTheEnd
 from .config_reader import check_config_file, check_no_flags
-from .errors import ConfigError, did_you_mean, one_line
+from .errors import ConfigError
 from .evaluators import missing_package
 from .hooks.best_checkpoint import TASKS, task_of
 from .hooks.log_statistics import LogStatistics

@@ -17,8 +17,9 @@ from detectron2.evaluation import (
 )
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..data.errors import did_you_mean
 from ..data.requirements import DataRequirements, listed
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .evaluators import EVALUATORS
 from .hooks.best_checkpoint import task_of
 from .lazy_data import target

@@ -24,7 +24,7 @@ import math
 import os
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer
 
 from ..checkpoint import weights_file
@@ -46,6 +46,7 @@ def finalize_schedule(cfg: CfgNode, num_images: int | None = None, train: bool =
         train: False for an evaluation, where the length has no meaning and no images are counted.
     Raises:
         ConfigError: if a key needs another one that is not given, or there are no images.
+        DataError: as `training_images`, where images are counted.
     """
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -96,20 +97,14 @@ def training_images(cfg: CfgNode) -> int:
     """Return the number of images that DATASETS.TRAIN trains on.
 
     Raises:
-        ConfigError: if DATASETS.TRAIN is empty or names a dataset that is not registered.
-        DataError: if the data can't be used or contradicts the config.
+        ConfigError: if DATASETS.TRAIN is empty.
+        DataError: if a dataset is not registered, can't be used or contradicts the config.
     """
     names = cfg.DATASETS.TRAIN
     if not names:
         raise ConfigError(
             "DATASETS.TRAIN is empty: name a registered dataset, or give your images by --data FOLDER"
         )
-    for name in names:
-        if name not in DatasetCatalog:
-            raise ConfigError(
-                f"DATASETS.TRAIN names {name!r}, which is not registered: use one of "
-                f"{', '.join(sorted(DatasetCatalog.list())[:3])}, ... or register it at import"
-            )
     counts = check_requirements(DataRequirements.from_cfg(cfg))
     if all(name in counts for name in names):
         return sum(counts[name] for name in names)

@@ -20,9 +20,10 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
 
+from ..data.errors import did_you_mean
 from ..modeling.norm_table import DETECTRON2_NUM_GROUPS, NORMS
 from ..solver import OPTIMIZERS
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 

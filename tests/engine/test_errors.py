@@ -40,6 +40,7 @@ from paths import ROOT
             ["DATASETS.TRAIN", "mine"],
             "DATASETS.TRAIN is mine (str): use a value of type tuple, such ",
         ),
+        (["DATASETS.TEST", ("digit_scene_val",)], "registered (did you mean digit_scenes_val?)"),
         (["SOLVER.STEPS", 5], "such as (5,)"),
         (["SOLVER.BASE_LR.X", 3], "SOLVER.BASE_LR.X is no config key: SOLVER.BASE_LR is a value"),
         (

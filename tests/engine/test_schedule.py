@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from mabn_d2 import add_mabn_config
+from mabn_d2.data.errors import DataError
 from mabn_d2.engine import ConfigError, Trainer, read_config, setup_config
 from mabn_d2.engine.schedule import (
     finalize_schedule,
@@ -128,14 +129,14 @@ def test_other_configs_stay_as_they_are():
         (["SOLVER.LR_FOR_16_IMAGES", 0.0], "SOLVER.BASE_LR is -1 .automatic."),
         (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty: .* --data FOLDER"),
         (
-            ["DATASETS.TRAIN", ("no_such",)],
-            "DATASETS.TRAIN names 'no_such', which is not registered",
+            ["DATASETS.TRAIN", ("small_scene_train",)],
+            "DATASETS.TRAIN names 'small_scene_train', which is not registered .did you mean small_scenes_train",
         ),
     ],
 )
 def test_errors(opts, message, small_scenes):
     cfg = own_data("mask_rcnn", "DATASETS.TRAIN", ("small_scenes_train",), *DIGITS, *opts)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         finalize_schedule(cfg)
     finalize_schedule(own_data("mask_rcnn"), train=False)  # an evaluation has no length
 

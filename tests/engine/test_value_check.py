@@ -66,7 +66,6 @@ from paths import ROOT
         ("MODEL.RPN.NMS_THRESH", 70.0, "between 0 and 1"),
         ("MODEL.DEVICE", "cdua", "MODEL.DEVICE is 'cdua'"),
         ("DATALOADER.NUM_WORKERS", -2, "NUM_WORKERS is -2"),
-        ("DATASETS.TRAIN", ("small_scenes_trian",), "did you mean small_scenes_train"),
     ],
 )
 def test_wrong_values(digits_cfg, key, value, message):
