@@ -224,8 +224,9 @@ class Trainer(DefaultTrainer):
         test, period = self.cfg.TEST, self.cfg.TEST.EVAL_PERIOD
         chosen = [hooks.EvalHook(period, self._evaluate)]
         metric = best_metric(self.cfg)
-        if metric:
-            chosen.append(BestCheckpoint(period, self.checkpointer, metric))
+        best = BestCheckpoint(period, self.checkpointer, metric) if metric else None
+        if best is not None:
+            chosen.append(best)
         if comm.is_main_process():
             if test.PICTURES > 0 and self.cfg.DATASETS.TEST:
                 model = self._bare_model()
@@ -238,9 +239,8 @@ class Trainer(DefaultTrainer):
             chosen.append(WriteEvaluations(period, writers))
             chosen.append(hooks.PeriodicWriter(writers, period=20))
             chosen.append(LogSlowIterations(CommonMetricPrinter(self.max_iter)))
-        if metric and self.cfg.SOLVER.EARLY_STOPPING_PATIENCE > 0:
-            best = chosen[1]
-            patience = self.cfg.SOLVER.EARLY_STOPPING_PATIENCE
+        patience = self.cfg.SOLVER.EARLY_STOPPING_PATIENCE
+        if best is not None and patience > 0:
             chosen.append(EarlyStopping(best, patience, rank_states))
         return chosen
 

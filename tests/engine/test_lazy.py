@@ -19,6 +19,7 @@ from commands import assert_ended, start
 from inputs import training_inputs
 from mabn_d2.checkpoint import write_checkpoint
 from mabn_d2.engine import ConfigError, lazy_trainer
+from mabn_d2.engine.hooks import LogSlowIterations
 from mabn_d2.layers import BatchRenorm2d, MABN2d
 from mabn_d2.solver import build_optimizer
 from nested import flat
@@ -160,13 +161,18 @@ def test_converted_batch_norm_is_recalibrated(launcher, tmp_path):
         assert final["backbone.bottom_up.stem.conv1.norm.iters"] == 1 + recalibrate
 
 
-def test_launcher_accumulates_gradients(launcher, tmp_path):
+def test_launcher_accumulates_gradients(launcher, tmp_path, monkeypatch):
     run = partial(launcher, "train.max_iter=2")
     for images, steps in ((4, 0), (4, 3), (4, 8)):
         message = "train.accumulation_steps"
         with pytest.raises(SystemExit, match=message):
             run(f"+train.accumulation_steps={steps}", f"dataloader.train.total_batch_size={images}")
-    run("+train.accumulation_steps=2", "dataloader.train.total_batch_size=4", "train.eval_period=0")
+    # Each iteration is slow then; the hook of the period logs the last one.
+    monkeypatch.setattr(lazy_trainer, "LogSlowIterations", partial(LogSlowIterations, seconds=0.0))
+    run("+train.accumulation_steps=2", "dataloader.train.total_batch_size=4", "train.eval_period=0",
+        "train.log_period=20")  # fmt: skip
+    logged = re.findall(r"iter: (\d+) +total_loss", (tmp_path / "log.txt").read_text())
+    assert logged == ["0", "1"]
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert state["iteration"] == 1
     assert (
