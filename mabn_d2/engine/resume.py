@@ -253,12 +253,40 @@ def with_current_settings(
     return {**state, "state": momenta, "param_groups": groups}
 
 
-def follow_schedule(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Set the rates to what the config's schedule has at the scheduler's iteration.
+def follow_schedule(
+    scheduler: Any, optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]
+) -> None:
+    """Set the rates to those of the scheduler's iteration.
 
-    The scheduler's own state brings the base rates of the checkpoint back.
+    Detectron2's LRMultiplier computes them from the config's base rates; its own state brings those of
+    the checkpoint back. torch's schedulers compute a rate from the one before, and so go on from the
+    rates of the checkpoint.
+
+    Args:
+        scheduler: with the state of the checkpoint.
+        optimizer: with the settings of the config.
+        before: groups of the optimizer in the checkpoint.
+    Raises:
+        CheckpointError: if the scheduler is torch's and the groups are others.
     """
+    groups = optimizer.param_groups
     if isinstance(scheduler, LRMultiplier):
-        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, rate in zip(groups, scheduler.get_lr(), strict=True):
             group["lr"] = rate
+        return
+    name = type(scheduler).__name__
+    if len(groups) != len(before):
+        raise CheckpointError(
+            f"the optimizer has {len(groups)} groups of parameters, the checkpoint {len(before)}, and "
+            f"{name} goes on with their rates: resume with the rates and decays of before"
+        )
+    if any(o.get("initial_lr") != n.get("initial_lr") for o, n in zip(before, groups, strict=True)):
+        _logger.warning(
+            f"{name} goes on with the rates in the checkpoint: another SOLVER.BASE_LR has no effect"
+        )
+    for old, group in zip(before, groups, strict=True):
+        moved = ["lr", "initial_lr"]
+        if "max_momentum" in group:  # OneCycleLR and CyclicLR move the momentum too
+            moved += ["momentum", "betas"]
+        group.update({key: old[key] for key in moved if key in old})

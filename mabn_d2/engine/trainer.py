@@ -184,7 +184,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        follow_schedule(self.scheduler, self.optimizer)
+        before = state_dict["_trainer"]["optimizer"]["param_groups"]
+        follow_schedule(self.scheduler, self.optimizer, before)
 
     def build_hooks(self) -> list[HookBase]:
         ours = []

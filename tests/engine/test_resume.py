@@ -66,6 +66,44 @@ def test_rates_and_decays_take_effect(begun, caplog):
     assert trainer.optimizer.param_groups[0]["lr"] == trainer.scheduler.get_lr()[0]
 
 
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("PolynomialLR", {"total_iters": 8}), ("OneCycleLR", {"max_lr": 0.01, "total_steps": 8})],
+)
+def test_schedulers_of_torch_go_on(begun, tmp_path, kind, settings, caplog):
+    """Their rates, and OneCycleLR's momentum, follow from those of the iteration before."""
+
+    class Own(Trainer):
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            return getattr(torch.optim.lr_scheduler, kind)(optimizer, **settings)
+
+    begun.OUTPUT_DIR = str(tmp_path / kind)
+    straight = Own(begun)
+    for _ in range(2):
+        straight.optimizer.step()
+        straight.scheduler.step()
+    straight.checkpointer.save("model", iteration=1)
+    trainer = Own(begun)
+    trainer.resume_or_load(resume=True)
+    for _ in range(2):
+        for ours, theirs in zip(
+            trainer.optimizer.param_groups, straight.optimizer.param_groups, strict=True
+        ):
+            assert {**ours, "params": None} == {**theirs, "params": None}
+        for one in (trainer, straight):
+            one.optimizer.step()
+            one.scheduler.step()
+    assert "has no effect" not in caplog.text
+    begun.SOLVER.BASE_LR /= 2
+    Own(begun).resume_or_load(resume=True)
+    said = f"{kind} goes on with the rates in the checkpoint" in caplog.text
+    assert said == (kind == "PolynomialLR")  # OneCycleLR has rates of its own
+    begun.SOLVER.BIAS_LR_FACTOR = 3.0
+    with pytest.raises(CheckpointError, match=f"groups of parameters, .* {kind} goes on"):
+        Own(begun).resume_or_load(resume=True)
+
+
 def test_nothing_changes_if_the_config_does_not(begun, caplog):
     trainer = resumed(begun)
     assert "settings that differ from those of the run so far, from iteration 2" in caplog.text
