@@ -106,7 +106,7 @@ def add_mabn_config(cfg: CN) -> None:
     # scalars validation/total_loss and validation/<loss>.
     cfg.TEST.VALIDATION_LOSS = False
     # What model_best.pth is best in: a scalar of the evaluation, such as "segm/AP" or
-    # "validation/total_loss" (the lower, the better, if "loss" is in the name). "auto": the AP of masks
+    # "validation/total_loss" (of the losses in validation/, the lowest is best). "auto": the AP of masks
     # if there are masks, else of boxes. "": no model_best.pth.
     cfg.TEST.BEST_METRIC = ""
     # Test images that are drawn for TensorBoard at each evaluation, truth above predictions.

@@ -18,8 +18,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.engine import ConfigError, Trainer, check_config
-from mabn_d2.engine.hooks import LogSlowIterations
+from mabn_d2.engine.hooks import BestCheckpoint, LogSlowIterations
 from mabn_d2.engine.hooks.best_checkpoint import best_metric
 from mabn_d2.engine.report import ap_tables, report_run
 from mabn_d2.engine.validation_loss import build_validation_loader, validation_losses
@@ -100,6 +101,20 @@ def test_each_evaluation_of_a_short_training_is_written_and_plotted(cfg):
         plot_run(cfg.OUTPUT_DIR, "curves.png")
     lines = {line.get_label(): line for axes in figures[0].axes for line in axes.lines}
     assert list(lines["segm/AP"].get_xdata()) == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "metric, lower",
+    [
+        ("blossom_val/segm/AP", False),
+        ("bbox/AP-blossom", False),
+        ("validation/total_loss", True),
+        ("blossom_val/validation/loss_mask", True),
+    ],
+)
+def test_only_losses_are_better_if_lower(tmp_path, metric, lower):
+    hook = BestCheckpoint(1, SafeCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)), metric)
+    assert hook.lower_is_better is lower
 
 
 def test_nothing_finite_is_no_best(cfg):

@@ -54,7 +54,7 @@ class BestCheckpoint(HookBase):
     Args:
         period: iterations between evaluations; 0: only after the last iteration.
         checkpointer: what saves.
-        metric: a scalar of the evaluation, such as "bbox/AP". Lower is better if "loss" is in it.
+        metric: a scalar of the evaluation, such as "bbox/AP". Lower is better in those of the task "validation".
         key: what the config calls the metric, for messages.
     """
 
@@ -66,7 +66,7 @@ class BestCheckpoint(HookBase):
         key: str = "TEST.BEST_METRIC",
     ):
         self.period, self.checkpointer, self.key = period, checkpointer, key
-        self.lower_is_better = "loss" in metric
+        self.lower_is_better = task_of(metric) == "validation"
         self.best = Best(metric)
         self.file = Path(checkpointer.save_dir, f"{NAME}.json")
 
