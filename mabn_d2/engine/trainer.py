@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import SafeCheckpointer, warn_of_differences
 from ..checkpoint.description import CONFIG, describe
-from ..data.batches import MicroBatches
+from ..data.batches import MicroBatches, TrainingBatches
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm_table import norm_settings
 from ..solver import build_lr_scheduler, build_optimizer
@@ -163,7 +163,15 @@ class Trainer(DefaultTrainer):
         warn_of_differences(self.checkpointer.record, self.cfg)
         if self.checkpointer.needs_recalibration:
             recalibrate_converted(self.model, self._micro_batches())
-        self.data_loader.batch_sampler.start = self.start_iter
+        batches = getattr(self.data_loader, "batch_sampler", None)
+        if isinstance(batches, TrainingBatches):
+            batches.start = self.start_iter
+        elif self.start_iter > 0:
+            _logger.warning(
+                "build_train_loader returns a loader of its own, which starts over with its shuffle: the "
+                "resumed run does not equal an undisturbed one; for a mapper of your own return "
+                "mabn_d2.data.loader.build_train_loader(cfg, mapper)"
+            )
 
     def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
         """Compare the config in a checkpoint, before anything of it is loaded, with this one."""

@@ -3,10 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.data.transforms import RandomFlip, ResizeShortestEdge
 from detectron2.evaluation import COCOEvaluator
 
 from commands import train
+from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.engine.value_check import check_values
 from mabn_d2.layers import MABN2d
@@ -192,3 +194,27 @@ def test_test_time_augmentation_of_another_model(digits_cfg, key, value):
     digits_cfg.TEST.AUG.ENABLED, digits_cfg.MODEL[key] = True, value
     with pytest.raises(ConfigError, match=f"TEST.AUG.ENABLED is True, but .*MODEL.{key} {value}"):
         check_values(digits_cfg)
+
+
+@pytest.mark.parametrize("grouping", [True, False, None])
+def test_a_training_loader_of_ones_own(digits_cfg, caplog, grouping):
+    """Detectron2's, with and without groups of aspect ratios, and this package's with a mapper."""
+    digits_cfg.DATASETS.TEST, digits_cfg.SOLVER.MAX_ITER = (), 1
+
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            augmentations = [RandomFlip(), ResizeShortestEdge(96)]
+            mapper = DatasetMapper(cfg, True, augmentations=augmentations)
+            if grouping is None:
+                return build_train_loader(cfg, mapper)
+            return build_detection_train_loader(cfg, mapper=mapper, aspect_ratio_grouping=grouping)
+
+    for max_iter in (1, 2):
+        digits_cfg.SOLVER.MAX_ITER = max_iter
+        trainer = Own(digits_cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        said = "a loader of its own, which starts over" in caplog.text
+        assert said == (grouping is not None and max_iter == 2)
+    assert grouping is not None or trainer.data_loader.batch_sampler.start == 1
