@@ -107,7 +107,8 @@ def add_mabn_config(cfg: CN) -> None:
     cfg.TEST.VALIDATION_LOSS = False
     # What model_best.pth is best in: a scalar of the evaluation, such as "segm/AP" or
     # "validation/total_loss" (of the losses in validation/, the lowest is best). "auto": the AP of masks
-    # if there are masks, else of boxes. "": no model_best.pth.
+    # if there are masks, else of boxes (of a model with other outputs: their measure). "": no
+    # model_best.pth.
     cfg.TEST.BEST_METRIC = ""
     # Test images that are drawn for TensorBoard at each evaluation, truth above predictions.
     cfg.TEST.PICTURES = 0

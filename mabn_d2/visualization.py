@@ -39,6 +39,7 @@ FONTS = (
     "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai",
     "Arial Unicode MS",
 )  # fmt: skip
+NUM_PROPOSALS = 10  # proposals that are drawn, of a thousand
 PICTURE_SIZE = 320  # pixels of the longer side of an image that is drawn
 
 _logger = logging.getLogger(__name__)
@@ -171,8 +172,13 @@ def _draw_output(visualizer: Visualizer, output: dict[str, Any], min_score: floa
     if "panoptic_seg" in output:
         segments, info = output["panoptic_seg"]
         return visualizer.draw_panoptic_seg(segments.to("cpu"), info)
-    if "instances" not in output:
+    if "proposals" in output:
+        boxes = output["proposals"].proposal_boxes[:NUM_PROPOSALS]  # the best come first
+        return visualizer.overlay_instances(boxes=boxes.to("cpu"))
+    if "sem_seg" in output and "instances" not in output:
         return visualizer.draw_sem_seg(output["sem_seg"].argmax(dim=0).to("cpu"))
+    if "instances" not in output:  # a model of one's own
+        return visualizer.get_output()
     instances = output["instances"].to("cpu")
     return visualizer.draw_instance_predictions(instances[instances.scores >= min_score])
 
@@ -248,7 +254,7 @@ def plot_run(folder: str | PathLike, path: str | PathLike) -> None:
     losses.set(xlabel="iteration", ylabel="loss (median of 20)", yscale="log")
     # bbox/AP, segm/AP50; with several test sets the set's name is in front.
     for name in sorted(
-        name for name in names if name.rpartition("/")[2] in ("AP", "AP50", "PQ", "mIoU")
+        name for name in names if name.rpartition("/")[2] in ("AP", "AP50", "PQ", "mIoU", "AR@1000")
     ):
         plot(ap, name, name, marker="o")
     ap.set(xlabel="iteration", ylabel="AP (%)", ylim=(0, None))

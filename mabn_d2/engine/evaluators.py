@@ -88,12 +88,16 @@ PACKAGES: dict[type[DatasetEvaluator], str] = {
 }
 # What the evaluators of a type compare, where it is not the objects, and the models that give it.
 OUTPUTS = {
+    "pascal_voc": "objects of classes",
+    "cityscapes_instance": "objects of classes",
     "sem_seg": "semantic segmentations",
     "cityscapes_sem_seg": "semantic segmentations",
     "coco_panoptic_seg": "panoptic segmentations",
 }
+_DETECTORS = ("GeneralizedRCNN", "RetinaNet", "FCOS", "PanopticFPN")
 ARCHITECTURES = {
-    "objects": ("GeneralizedRCNN", "RetinaNet", "FCOS", "PanopticFPN"),
+    "objects": (*_DETECTORS, "ProposalNetwork"),
+    "objects of classes": _DETECTORS,
     "semantic segmentations": ("SemanticSegmentor", "PanopticFPN"),
     "panoptic segmentations": ("PanopticFPN",),
 }

@@ -30,7 +30,7 @@ from ..solver import UntilTheEnd
 from .config_reader import check_config_file, check_no_flags
 from .errors import ConfigError
 from .evaluators import missing_package
-from .hooks.best_checkpoint import TASKS, task_of
+from .hooks.best_checkpoint import TASKS, auto_metric, task_of
 from .hooks.log_statistics import LogStatistics
 from .launch import count_processes
 from .lazy_data import can_be_seeded, is_dataset_mapper, target
@@ -258,12 +258,12 @@ def _check_data_keys(cfg: DictConfig) -> None:
 
 
 def best_metric(cfg: DictConfig) -> str:
-    """Return train.best_metric; for "auto", the AP of masks, or of boxes for a model without."""
+    """Return train.best_metric; for "auto", what `auto_metric` chooses for the model."""
     metric = cfg.train.get("best_metric") or ""
     if metric != "auto":
         return metric
     masks = DataRequirements.from_lazy(cfg).masks.value
-    return "segm/AP" if masks else "bbox/AP"
+    return auto_metric(getattr(target(cfg.model), "__name__", ""), masks)
 
 
 def _check_evaluation(cfg: DictConfig) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,6 +23,7 @@ from mabn_d2.checkpoint import SafeCheckpointer
 from mabn_d2.engine import ConfigError, Trainer, check_config
 from mabn_d2.engine.hooks import BestCheckpoint, LogSlowIterations
 from mabn_d2.engine.hooks.best_checkpoint import best_metric
+from mabn_d2.engine.metric_check import check_best_metric, scalars
 from mabn_d2.engine.report import ap_tables, report_run
 from mabn_d2.engine.validation_loss import build_validation_loader, validation_losses
 from mabn_d2.visualization import plot_run, prediction_pictures, read_metrics
@@ -188,6 +190,7 @@ def test_a_metric_that_own_evaluators_do_not_give_is_said(cfg, caplog):
         ("bbox/APP", "does not give (did you mean bbox/AP?): use one of bbox/AP, bbox/AP50"),
         ("segm/AP-10", "use one of segm/AP, segm/AP50, segm/AP75, segm/APs"),  # digits are 0 to 9
         ("sem_seg/mIoU", "use one of bbox/AP"),
+        ("box_proposals/AR@100", "use one of bbox/AP"),
     ],
 )
 def test_a_metric_that_the_evaluators_do_not_give_is_an_error(cfg, metric, message):
@@ -199,6 +202,12 @@ def test_a_metric_that_the_evaluators_do_not_give_is_an_error(cfg, metric, messa
     assert not Path(cfg.OUTPUT_DIR).exists()
     cfg.TEST.BEST_METRIC = "segm/AP-9"
     Trainer(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.TEST.BEST_METRIC = "segm/AP"
+    with pytest.raises(ConfigError, match="does not give: use one of bbox/AP"):
+        check_best_metric(cfg)
+    cfg.TEST.BEST_METRIC = "auto"
+    check_best_metric(cfg)
 
 
 def test_early_stopping_and_its_resume(cfg):
@@ -371,6 +380,21 @@ def test_report(cfg):
     assert trainer.model.training
 
 
+def test_proposals_alone(cfg):
+    """RPN without RoI heads: its proposals are evaluated and drawn, and choose the best checkpoint."""
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = "ProposalNetwork", False
+    cfg.SOLVER.MAX_ITER, cfg.TEST.PICTURES = 1, 1
+    trainer = Trainer(cfg)
+    trainer.train()
+    results = trainer._last_eval_results["box_proposals"]
+    assert {f"box_proposals/{name}" for name in results} == {
+        scalar for scalar in scalars(COCOEvaluator, "small_scenes_val") if "box_proposals" in scalar
+    }
+    assert best_of(cfg)["metric"] == "box_proposals/AR@1000"
+    assert best_of(cfg)["value"] == results["AR@1000"]
+    assert "predictions.png" in report_run(trainer)
+
+
 def test_table_of_classes(small_scenes):
     results = {
         "bbox": {"AP": 50.0, "AP50": 60.0, "AP75": np.nan, "AP-3": 12.345, "AP-0": np.nan},
@@ -428,6 +452,13 @@ def test_auto_metric(cfg):
     assert best_metric(cfg) == "segm/AP"
     cfg.MODEL.MASK_ON = False
     assert best_metric(cfg) == "bbox/AP"
+    for name, metric in (
+        ("RetinaNet", "bbox/AP"), ("FCOS", "bbox/AP"), ("Own", "segm/AP"), ("PanopticFPN", "segm/AP"),
+        ("ProposalNetwork", "box_proposals/AR@1000"), ("SemanticSegmentor", "sem_seg/mIoU"),
+    ):  # fmt: skip
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = name, True
+        assert best_metric(cfg) == metric
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = "GeneralizedRCNN", False
     cfg.DATASETS.TEST = ("a", "b")
     assert best_metric(cfg) == "a/bbox/AP"
     cfg.DATASETS.TEST = ()

@@ -21,6 +21,7 @@ from commands import lines, run_support
 from mabn_d2.data import DataError
 from mabn_d2.engine import ConfigError, Trainer, check_data
 from mabn_d2.engine.evaluators import EVALUATORS
+from mabn_d2.engine.hooks.best_checkpoint import TASKS_OF_MODELS, task_of
 from mabn_d2.engine.metric_check import scalars
 from mabn_d2.engine.numpy_2 import evaluators_on_numpy_2
 from mabn_d2.engine.report import report_run
@@ -178,7 +179,8 @@ def known_scalars(cfg):
     (name,) = cfg.DATASETS.TEST
     evaluators = EVALUATORS[MetadataCatalog.get(name).evaluator_type]
     known = {scalar for evaluator in evaluators for scalar in scalars(evaluator, name)}
-    return {scalar for scalar in known if not scalar.startswith("keypoints/")}
+    tasks = {*TASKS_OF_MODELS[cfg.MODEL.META_ARCHITECTURE]} - {"keypoints"}
+    return {scalar for scalar in known if task_of(scalar) in tasks}
 
 
 def evaluate(cfg, outputs):
@@ -385,7 +387,8 @@ def test_cityscapes_without_pictures_of_ids(ending, cfg, tmp_path):
         ("GeneralizedRCNN", True, "separated", "compares panoptic segmentations: use PanopticFPN"),
         ("SemanticSegmentor", True, "separated", "compares panoptic segmentations"),
         ("RetinaNet", False, "stuffonly", "semantic segmentations: use SemanticSegmentor or PanopticFPN"),
-        ("SemanticSegmentor", True, "instance", "compares objects: use GeneralizedRCNN"),
+        ("SemanticSegmentor", True, "instance", "compares objects of classes: use GeneralizedRCNN"),
+        ("ProposalNetwork", False, "instance", "compares objects of classes: use GeneralizedRCNN"),
         ("GeneralizedRCNN", False, "instance", "MODEL.MASK_ON is False, but .*set MODEL.MASK_ON True"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 from detectron2 import model_zoo
 from detectron2.config import instantiate
+from detectron2.evaluation import PascalVOCDetectionEvaluator
 
 from coco_datasets import CLASSES, make_dataset, registered, rle
 from mabn_d2.data import DataError
@@ -58,6 +59,12 @@ def test_best_metric(data, tmp_path):
         check_lazy_data(cfg, train=False)
         for metric in ("segm/APl", f"bbox/AP-{CLASSES[1]}", "validation/total_loss", "auto", ""):
             cfg.train.best_metric = metric
+            check_lazy_data(cfg)
+        cfg.train.best_metric = "auto"  # of masks, which are not evaluated
+        cfg.dataloader.evaluator["_target_"] = PascalVOCDetectionEvaluator
+        with pytest.raises(
+            ConfigError, match=r"is 'auto' \(segm/AP\), which .* use one of bbox/AP"
+        ):
             check_lazy_data(cfg)
         cfg.train.best_metric = "bbox/my_own"
         cfg.dataloader.evaluator = [{"_target_": "builtins.dict"}]  # not known

@@ -15,13 +15,24 @@ from ...checkpoint import SafeCheckpointer
 from ...checkpoint.io import atomic_file
 
 NAME = "model_best"
-TASKS = ("bbox", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation")
+TASKS = ("bbox", "box_proposals", "keypoints", "segm", "sem_seg", "panoptic_seg", "validation")
 
 # What TEST.BEST_METRIC "auto" is for some types of evaluators.
 AUTO_METRIC = {
     "coco_panoptic_seg": "panoptic_seg/PQ",
     "sem_seg": "sem_seg/mIoU",
     "cityscapes_sem_seg": "sem_seg/IoU",
+    "pascal_voc": "bbox/AP",
+}
+_OBJECTS = ("bbox", "segm", "keypoints")
+# The tasks that Detectron2's architectures have outputs for.
+TASKS_OF_MODELS = {
+    "GeneralizedRCNN": _OBJECTS,
+    "PanopticFPN": (*_OBJECTS, "sem_seg", "panoptic_seg"),
+    "RetinaNet": ("bbox",),
+    "FCOS": ("bbox",),
+    "ProposalNetwork": ("box_proposals",),
+    "SemanticSegmentor": ("sem_seg",),
 }
 
 
@@ -145,4 +156,20 @@ def best_metric(cfg: CfgNode) -> str:
         return metric if names else ""
     several = f"{names[0]}/" if len(names) > 1 else ""
     kind = MetadataCatalog.get(names[0]).get("evaluator_type")
-    return several + AUTO_METRIC.get(kind, "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP")
+    of_model = auto_metric(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON)
+    return several + AUTO_METRIC.get(kind, of_model)
+
+
+def auto_metric(architecture: str, masks: bool) -> str:
+    """Return the scalar of a model that "auto" chooses, where the evaluator does not decide.
+
+    Args:
+        architecture: name of its class; one that is not Detectron2's has objects.
+        masks: whether the config asks for masks, which only some architectures have.
+    """
+    tasks = TASKS_OF_MODELS.get(architecture, _OBJECTS)
+    if masks and "segm" in tasks:
+        return "segm/AP"
+    if "bbox" in tasks:
+        return "bbox/AP"
+    return {"box_proposals": "box_proposals/AR@1000", "sem_seg": "sem_seg/mIoU"}[tasks[0]]
