@@ -11,7 +11,7 @@ from ..modeling.norm_table import NORMS
 from .errors import ConfigError
 from .hooks.best_checkpoint import TASKS, task_of
 from .resume import check_output_folder, check_same_run
-from .value_check import check_values, uses_mabn, warn_of_window
+from .value_check import check_values, used_norms, warn_of_window
 
 # Iterations; each layer keeps two vectors of its channels for each.
 MAX_WINDOW = 10_000
@@ -96,7 +96,7 @@ def check_settings(
                 f"is {window} iterations, more than {MAX_WINDOW}: the paper's is 16, of 32 images"
             )
     mabn = cfg.MODEL.MABN
-    if train and mabn.BATCH_SIZE > 0 and uses_mabn(cfg):
+    if train and mabn.BATCH_SIZE > 0 and "MABN" in used_norms(cfg):
         key = "MODEL.MABN.BATCH_SIZE"
         window, share = mabn.SIMULATED_BATCH_SIZE // mabn.BATCH_SIZE, images // (workers * steps)
         warn_of_window(mabn.BATCH_SIZE, window, share, key, f"{key} 0, the images of one forward")

@@ -36,7 +36,7 @@ from .launch import count_processes
 from .lazy_data import can_be_seeded, is_dataset_mapper, target
 from .model_check import check_weights, quiet, without_data
 from .resume import check_output_folder, differences
-from .value_check import warn_of_window
+from .value_check import warn_of_norm_schedule, warn_of_window
 
 # Keys of `train`: Detectron2's, those that its default_setup reads, and this package's; besides, each
 # norm of `NORMS` has its settings there.
@@ -142,6 +142,8 @@ def check_lazy_config(cfg: DictConfig, args: Namespace) -> None:
             layer, share = MABN2d(1, **cfg.train.get("mabn", {})), images // (processes * steps)
             key, remedy = "train.mabn.batch_size", f"train.mabn.batch_size={share}"
             warn_of_window(layer.batch_size, layer.window, share, key, remedy)
+    if train:
+        _warn_of_norm_schedules(cfg, model)
     if train and "statistics" in cfg.train:
         _check_statistics(model, cfg.train.statistics)
     check_weights(
@@ -224,6 +226,15 @@ def _check_solver(cfg: DictConfig, model: nn.Module) -> None:
                 f"{key} can't be used ({type(error).__name__}: {one_line(error, 300)}): correct its "
                 "values"
             ) from error
+
+
+def _warn_of_norm_schedules(cfg: DictConfig, model: nn.Module) -> None:
+    for name, row in NORMS.items():
+        if any(isinstance(module, row.layer) for module in model.modules()):
+            node = name.lower()
+            layer = row.layer(1, **cfg.train.get(node, {}))
+            values = {f"train.{node}.{key}": getattr(layer, key) for key in row.schedule}
+            warn_of_norm_schedule(name, values, "train.max_iter", cfg.train.max_iter)
 
 
 def _check_statistics(model: nn.Module, settings: DictConfig) -> None:

@@ -31,8 +31,9 @@ from ..checkpoint import weights_file
 from ..config import AUTO
 from ..data.data_check import check_requirements
 from ..data.requirements import DataRequirements
+from ..modeling.norm_table import NORMS
 from .errors import ConfigError
-from .value_check import check_reference_world_size
+from .value_check import check_reference_world_size, norm_schedule, used_norms
 
 
 def finalize_schedule(cfg: CfgNode, num_images: int | None = None, train: bool = True) -> None:
@@ -63,7 +64,7 @@ def finalize_schedule(cfg: CfgNode, num_images: int | None = None, train: bool =
 def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     """Detectron2's `auto_scale_workers` (SOLVER.REFERENCE_WORLD_SIZE), for the keys of this package too.
 
-    MABN's schedule is scaled as the warm-up of the rate is. No period becomes 0.
+    The schedules of the norms are scaled as the warm-up of the rate is. No period becomes 0.
 
     Args:
         cfg: after `finalize_schedule`, as AUTO can't be scaled.
@@ -80,9 +81,10 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
-    mabn = scaled.MODEL.MABN
-    for key in ("WARMUP_ITERS", "CLIP_START"):
-        mabn[key] = round(mabn[key] * reference / processes)
+    for name, row in NORMS.items():
+        node = scaled.MODEL[name]
+        for key in map(str.upper, row.schedule):
+            node[key] = round(node[key] * reference / processes)
     for node, before, key in (
         (scaled.SOLVER, cfg.SOLVER, "CHECKPOINT_PERIOD"),
         (scaled.TEST, cfg.TEST, "EVAL_PERIOD"),
@@ -171,7 +173,7 @@ def _choose_schedule(cfg: CfgNode, num_images: int | None) -> None:
 
 def log_schedule(cfg: CfgNode) -> None:
     """Log in one line what will be trained for how long; on the main process."""
-    solver, mabn = cfg.SOLVER, cfg.MODEL.MABN
+    solver = cfg.SOLVER
     micro = (
         "" if solver.ACCUMULATION_STEPS == 1 else f" ({solver.ACCUMULATION_STEPS} micro-batches)"
     )
@@ -179,9 +181,13 @@ def log_schedule(cfg: CfgNode) -> None:
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         steps = ", ".join(str(step) for step in solver.STEPS if step < solver.MAX_ITER)
         decay = f" and times {solver.GAMMA:g} after {steps}" if steps else " and no decay"
+    norms = "".join(
+        f", {key} {value}"
+        for name in used_norms(cfg)
+        for key, value in norm_schedule(cfg, name).items()
+    )
     logging.getLogger(__name__).info(
         f"Training for {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{micro}, learning "
-        f"rate {solver.BASE_LR:g} after {solver.WARMUP_ITERS} iterations{decay}, MABN's averages from "
-        f"{mabn.WARMUP_ITERS} and clipping from {mabn.CLIP_START} on, starting from "
+        f"rate {solver.BASE_LR:g} after {solver.WARMUP_ITERS} iterations{decay}{norms}, starting from "
         f"{cfg.MODEL.WEIGHTS or 'random weights'}"
     )

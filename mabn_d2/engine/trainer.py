@@ -267,6 +267,11 @@ class Trainer(DefaultTrainer):
         ):
             if finds_layers(self.model):
                 chosen.append(hook(period, self.model, self._micro_batches(), num_iters))
+        if not chosen:
+            _logger.warning(
+                "TEST.PRECISE_BN.ENABLED is True, but the model has no MABN or BatchNorm that trains: "
+                "nothing is recalibrated; set it False"
+            )
         return chosen
 
     @classmethod

@@ -375,24 +375,40 @@ def _check_schedule(cfg: CfgNode) -> None:
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, more than SOLVER.MAX_ITER "
             f"{solver.MAX_ITER}: the learning rate never reaches SOLVER.BASE_LR"
         )
-    if not uses_mabn(cfg):
-        return
-    for key, what in (
-        ("WARMUP_ITERS", "the moving averages are never used"),
-        ("CLIP_START", "r stays 1, so the moving averages of the forward are never used"),
-    ):
-        value = cfg.MODEL.MABN[key]
-        if value >= solver.MAX_ITER:
+    for name in used_norms(cfg):
+        warn_of_norm_schedule(name, norm_schedule(cfg, name), "SOLVER.MAX_ITER", solver.MAX_ITER)
+
+
+def used_norms(cfg: CfgNode) -> list[str]:
+    """Return the norms of `NORMS` that a config names."""
+    named = set(_norms(cfg))
+    if cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_"):
+        named.add("MABN")
+    return [name for name in NORMS if name in named]
+
+
+def norm_schedule(cfg: CfgNode, name: str) -> dict[str, int]:
+    """Return {key: value} of the settings of a norm that are optimizer iterations."""
+    keys = [key.upper() for key in NORMS[name].schedule]
+    return {f"MODEL.{name}.{key}": cfg.MODEL[name][key] for key in keys}
+
+
+def warn_of_norm_schedule(name: str, values: dict[str, int], key: str, max_iter: int) -> None:
+    """Warn if the training ends before the schedule of a norm; of the first such setting.
+
+    Args:
+        name: of the norm in `NORMS`.
+        values: what the config calls the settings of its schedule, and their values.
+        key: what the config calls `max_iter`.
+        max_iter: iterations of the training.
+    """
+    for (setting, value), what in zip(values.items(), NORMS[name].schedule.values(), strict=True):
+        if value >= max_iter:
             _logger.warning(
-                f"MODEL.MABN.{key} is {value} and SOLVER.MAX_ITER {solver.MAX_ITER}: {what}; scale it "
-                "with the length of the training"
+                f"{setting} is {value} and {key} {max_iter}: {what}; scale it with the length of the "
+                "training"
             )
-            break
-
-
-def uses_mabn(cfg: CfgNode) -> bool:
-    """Return whether a config names MABN."""
-    return "MABN" in _norms(cfg) or cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_")
+            return
 
 
 def warn_of_window(batch_size: int, window: int, images: int, key: str, remedy: str) -> None:

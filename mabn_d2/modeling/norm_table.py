@@ -9,7 +9,7 @@ import ast
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -36,6 +36,7 @@ class NormType:
             as `split_layer(num_features, batch_size=..., **settings)`; None if there is none.
         needs_centring: whether the convolution in front has to be centred.
         has_window: whether the layer averages over a window of `simulated_batch_size` images.
+        schedule: settings that are optimizer iterations, and what happens if the training ends before.
     """
 
     layer: type[ConfigurableNorm]
@@ -43,6 +44,7 @@ class NormType:
     split_layer: Callable[..., nn.Module] | None = None
     needs_centring: bool = False
     has_window: bool = False
+    schedule: Mapping[str, str] = field(default_factory=dict)
 
 
 def norm_settings(cfg: CfgNode) -> dict[str, Any]:
@@ -106,8 +108,21 @@ NORMS: dict[str, NormType] = {
         SplitMABN2d,
         needs_centring=True,
         has_window=True,
+        schedule={
+            "warmup_iters": "the moving averages are never used",
+            "clip_start": "r stays 1, so the moving averages of the forward are never used",
+        },
     ),
-    "BRN": NormType(BatchRenorm2d, renorm_settings, SplitBatchRenorm2d),
+    "BRN": NormType(
+        BatchRenorm2d,
+        renorm_settings,
+        SplitBatchRenorm2d,
+        schedule={
+            "warmup_iters": "the whole training is plain BatchNorm",
+            "r_max_iter": "the bound of r never reaches R_MAX",
+            "d_max_iter": "the bound of d never reaches D_MAX",
+        },
+    ),
 }
 
 

@@ -126,6 +126,14 @@ def test_missing_key(config):
         check(arguments(config))
 
 
+def test_norms_that_never_start(config, caplog):
+    check(arguments(config, "train.max_iter=100", "train.mabn.warmup_iters=100"))
+    assert "train.mabn.warmup_iters is 100 and train.max_iter 100: the moving" in caplog.text
+    caplog.clear()
+    check(arguments(config, "train.max_iter=101"))
+    assert not [line for line in caplog.messages if "train.max_iter" in line]
+
+
 def test_missing_packages(config, monkeypatch):
     """Of one evaluator, and of one in a list."""
     text = config.read_text()

@@ -103,7 +103,7 @@ def test_steps_of_a_short_training(length, steps, caplog):
     log_schedule(cfg)
     check_values(cfg)
     assert length == cfg.SOLVER.MAX_ITER and steps == cfg.SOLVER.STEPS
-    assert (", ".join(map(str, steps)) or "no decay") + ", MABN's averages" in caplog.text
+    assert (", ".join(map(str, steps)) or "no decay") + ", MODEL.MABN.WARMUP_ITERS" in caplog.text
 
 
 def test_no_steps_are_no_decay(digits_cfg):
@@ -186,9 +186,11 @@ def test_another_number_of_processes(tmp_path, small_scenes):
     config = str(ROOT / "configs/own_data_mask_rcnn_R50_FPN_mabn.yaml")
     opts = ["DATASETS.TRAIN", "('small_scenes_train',)", "OUTPUT_DIR", str(tmp_path / "run"),
             "SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.ACCUMULATION_STEPS", "1",
-            "MODEL.MABN.CLIP_START", "600", *map(str, DIGITS)]  # fmt: skip
+            "MODEL.MABN.CLIP_START", "600", "MODEL.BRN.WARMUP_ITERS", "7", *map(str, DIGITS)]  # fmt: skip
     cfg = setup_config(SimpleNamespace(config_file=config, opts=opts, **arguments))
     assert list(keys(cfg).values()) == [720, 0.0025, 72, 36, 36, 108, 2400]
+    brn = cfg.MODEL.BRN
+    assert (brn.WARMUP_ITERS, brn.R_MAX_ITER, brn.D_MAX_ITER) == (28, 160000, 100000)
     assert cfg.SOLVER.IMS_PER_BATCH == 2 and cfg.SOLVER.REFERENCE_WORLD_SIZE == 1
     assert scale_to_processes(cfg, 1) is cfg  # as `Trainer` does again
     short = read_config(config, [*opts, "SOLVER.MAX_ITER", "9", "TEST.EVAL_PERIOD", "3"])

@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from mabn_d2 import add_mabn_config
 from mabn_d2.engine import ConfigError, Trainer, check_config, setup_config
 from mabn_d2.engine.model_check import build_without_data
+from mabn_d2.engine.schedule import log_schedule
 from mabn_d2.engine.value_check import check_values
 from mabn_d2.modeling.backbone import build_mabn_resnet_fpn_backbone
 from mabn_d2.modeling.norm import build_model
@@ -224,6 +225,23 @@ def test_averages_that_never_start(digits_cfg, caplog, warmup, start, said):
         digits_cfg.MODEL[node].NORM = "GN"
         digits_cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = digits_cfg.MODEL.FPN.OUT_CHANNELS = 32
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "warmup, r_max, said",
+    [(10, 10, "BRN.WARMUP_ITERS is 10"), (9, 10, "BRN.R_MAX_ITER is 10"), (9, 9, "")],
+)
+def test_batch_renorm_that_never_starts(digits_cfg, caplog, warmup, r_max, said):
+    digits_cfg.SOLVER.MAX_ITER, digits_cfg.SOLVER.WARMUP_ITERS = 10, 0
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "BRN"
+    brn = digits_cfg.MODEL.BRN
+    brn.WARMUP_ITERS, brn.R_MAX_ITER, brn.D_MAX_ITER = warmup, r_max, 9
+    check_values(digits_cfg)
+    assert len(caplog.messages) == bool(said) and said in "".join(caplog.messages)
+    caplog.set_level(logging.INFO)
+    log_schedule(digits_cfg)
+    assert f"MODEL.BRN.R_MAX_ITER {r_max}, " in caplog.text and "MABN" not in caplog.messages[-1]
 
 
 def test_windows_of_other_images(digits_cfg, caplog):

@@ -156,6 +156,14 @@ def test_hook(digits_cfg):
     assert all(not torch.equal(v, torch.ones_like(v)) for v in variances(trainer.model))
 
 
+def test_a_norm_that_the_hook_leaves_alone_is_said(digits_cfg, caplog):
+    for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        digits_cfg.MODEL[node].NORM = "BRN"
+    digits_cfg.TEST.PRECISE_BN.ENABLED = True
+    Trainer(digits_cfg)
+    assert "TEST.PRECISE_BN.ENABLED is True, but the model has no MABN or BatchNorm" in caplog.text
+
+
 class Averaging(nn.Module):
     """Moves an average and a BatchNorm in each training forward, as RetinaNet does."""
 
