@@ -14,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import nn
 
+from ..layers import BatchRenorm2d
 from ..layers.mabn import MISFIT, MABN2d
 from .io import CheckpointError, atomic_file, read_checkpoint, write_checkpoint
 from .record import FROM_BATCH_NORM, KEY, check_recalibrated, needs_recalibration
@@ -48,6 +49,19 @@ def _one_line_of_misfits(source: str) -> Iterator[None]:
         logger.removeFilter(collect)
     if misfits:
         _logger.warning(f"{source}: {MISFIT % misfits[0]}, in {len(misfits)} layers")
+
+
+def _start_norm_schedules(model: nn.Module) -> None:
+    """Let the schedules of MABN and BRN begin with the next forward; running statistics stay.
+
+    Weights may bring the windows and the counter of the run that they are from: the warm-up and the
+    clipping of a new run would be over before it starts.
+    """
+    for module in model.modules():
+        if isinstance(module, MABN2d):
+            module.reset_windows()
+        elif isinstance(module, BatchRenorm2d):
+            module.num_batches_tracked.zero_()
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -99,10 +113,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._source, self._resumes = "", False
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As Detectron2's. A run that is resumed needs all entries of its checkpoint."""
+        """As Detectron2's. A run that is resumed needs all entries of its checkpoint.
+
+        In a run that resumes no other one the schedules of MABN and BRN start over.
+        """
         self._resumes = resume and self.has_checkpoint()
         try:
-            return super().resume_or_load(path, resume=resume)
+            checkpoint = super().resume_or_load(path, resume=resume)
+            # A file of this package's converters has the windows on purpose, if at all.
+            if not self._resumes and self.record is None:
+                _start_norm_schedules(self.model)
+            return checkpoint
         finally:
             self._resumes = False
 

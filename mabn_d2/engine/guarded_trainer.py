@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batches import micro_batches
 from ..data.seeding import mix
-from ..layers import BatchRenorm2d, MABN2d, rescale_mabn_windows
+from ..layers import MABN2d, rescale_mabn_windows
 from .errors import DivergedError
 from .resume import parameter_names, with_current_settings
 
@@ -176,18 +176,6 @@ class GuardedTrainer(SimpleTrainer):
 
     def _rescale_windows(self) -> None:
         self.window_scale = rescale_mabn_windows(self.model, self.grad_scaler, self.window_scale)
-
-    def start_norm_schedules(self) -> None:
-        """Let the schedules of MABN and BRN begin with this run, which resumes no other one.
-
-        Weights may bring the windows and the counter of the run that they are from: the warm-up and
-        the clipping of this run's config would be over before it starts. Running statistics stay.
-        """
-        for norm in self.norms:
-            norm.reset_windows()
-        for module in self._bare_model().modules():
-            if isinstance(module, BatchRenorm2d):
-                module.num_batches_tracked.zero_()
 
     def _bare_model(self) -> torch.nn.Module:
         model: torch.nn.Module = self.model

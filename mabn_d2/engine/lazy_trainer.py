@@ -124,8 +124,6 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         warn_if_finished(start, cfg.train.max_iter, "train.max_iter")
         restore_rank_states(bare, checkpointer.loaded)
     else:
-        if checkpointer.record is None:  # a converted file has them on purpose, if at all
-            trainer.start_norm_schedules()
         weights = cfg.train.init_checkpoint
         warn_if_random_and_frozen(
             bare, weights, "train.init_checkpoint", "freeze_at=0 in the model"

@@ -147,8 +147,6 @@ class Trainer(DefaultTrainer):
         self.checkpointer.before_resume = self._check_same_run
         super().resume_or_load(resume)
         if not (resume and self.checkpointer.has_checkpoint()):
-            if self.checkpointer.record is None:  # a converted file has them on purpose, if at all
-                self._trainer.start_norm_schedules()
             warn_if_random_and_frozen(
                 self._bare_model(),
                 self.cfg.MODEL.WEIGHTS,

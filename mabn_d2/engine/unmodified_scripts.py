@@ -57,7 +57,8 @@ def extend_detectron2() -> None:
     - `get_cfg` has the keys of this package.
     - YAML configs are read safely.
     - `DetectionCheckpointer` is `SafeCheckpointer`: files are read without running code, weights of
-      another norm are refused, and checkpoints are written whole.
+      another norm are refused, the schedules of the norms start with the run, and checkpoints are
+      written whole.
     - SOLVER.OPTIMIZER and CLIP_TYPE "full_model" take effect.
     - TEST.PRECISE_BN recalibrates MABN in DefaultTrainer too.
     - MABN's gradient windows follow the loss scale of AMPTrainer.

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,10 @@ from .ops.memory_format import dense
 # Uses of a layer between a forward and its recomputation: levels of a pyramid, micro-batches.
 MAX_RECORDS = 32
 MISFIT = "%s does not fit a window of %d: the windows start empty"  # what loading a state logs
+OF_BATCH_NORM = (
+    "weights of BatchNorm are loaded into MABN2d, which computes something else with them: convert them "
+    "by tools/convert_weights.py, or load them by SafeCheckpointer(model, convert_batch_norm=True)"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -399,6 +404,10 @@ class MABN2d(ConfigurableNorm):
             self._migrate_version_1(state_dict, prefix)
         if prefix + "running_var" in state_dict:  # else the caller hears what is missing
             self._fit_windows(state_dict, prefix)
+        mean = state_dict.get(prefix + "running_mean")
+        if mean is not None and not mean.is_meta and mean.any():
+            # Python shows it once, not for each layer.
+            warnings.warn(OF_BATCH_NORM, stacklevel=2)
         self._forget_forwards()
         self._window_scale = None
         super()._load_from_state_dict(

@@ -13,7 +13,7 @@ from hostile import Hostile
 from mabn_d2 import CheckpointError, SafeCheckpointer, convert_imagenet
 from mabn_d2.checkpoint import differences, load_whole, read_checkpoint, write_checkpoint
 from mabn_d2.engine import Trainer
-from mabn_d2.layers import MABN2d
+from mabn_d2.layers import BatchRenorm2d, MABN2d
 from published_resnet import PublishedResNet
 
 
@@ -158,3 +158,19 @@ def test_windows_that_do_not_fit_are_one_line(tmp_path, caplog):
     caplog.clear()
     other[0].load_state_dict(norms[0].state_dict())
     assert "buffer_x2 does not fit a window of 4: the windows start empty" in caplog.messages
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_schedules_start_with_a_new_run(tmp_path, resume):
+    """Also in scripts without `Trainer`: plain loops, DefaultTrainer with DETECTRON2_ENV_MODULE."""
+    model = nn.Sequential(MABN2d(2, warmup_iters=0), BatchRenorm2d(2, warmup_iters=0))
+    for _ in range(3):
+        model(torch.randn(2, 2, 4, 4)).sum().backward()
+    checkpointer = SafeCheckpointer(model, str(tmp_path))
+    checkpointer.save("model")
+    if not resume:
+        (tmp_path / "last_checkpoint").unlink()
+    checkpointer.resume_or_load(str(tmp_path / "model.pth"), resume=resume)
+    counters = (model[0].iters.item(), model[1].num_batches_tracked.item())
+    assert counters == ((3, 3) if resume else (0, 0))
+    assert not model[0].running_var.eq(1).any()

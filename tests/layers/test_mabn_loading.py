@@ -1,6 +1,7 @@
 """MABN2d loads its own state, and the published layers' in all their shapes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_other_window_refills(caplog):
             torch.manual_seed(1)
             train(twin, 5)
         assert_equal_state(layer, fresh.state_dict())
+
+
+def test_batch_norm_is_said():
+    net, state = torch.nn.Sequential(make_layer(), make_layer()), {}
+    for mean in (0.0, 1.0):  # of 0: BatchNorm and MABN are the same
+        state = {f"{i}.{name}": torch.ones(C) for i in "01" for name in ("weight", "running_var")}
+        state |= {f"{i}.running_mean": torch.full((C,), mean) for i in "01"}
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("default")
+            net.load_state_dict(state, strict=False)
+        assert len(found) == int(mean)
+    assert "weights of BatchNorm are loaded into MABN2d" in str(found[0].message)
 
 
 def test_missing_parts_are_reported():
