@@ -5,13 +5,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 
+from .description import CONFIG
 from .io import CheckpointError
 
 KEY = "mabn_d2"  # of the record in a checkpoint
 # With MABN in ResNet and FPN these build the same model. Older files name the second one.
 SAME_WITH_MABN = {"build_mabn_resnet_fpn_backbone", "build_any_norm_resnet_fpn_backbone"}
+
+# Keys that a model with the same weights computes something else with.
+_OF_WEIGHTS = (
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.ANCHOR_GENERATOR.SIZES",
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+    "MODEL.RPN.BBOX_REG_WEIGHTS",
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+    "MODEL.RETINANET.BBOX_REG_WEIGHTS",
+    "MODEL.MABN.EPS",
+)
+# Keys that change the result of an evaluation besides.
+_OF_EVALUATION = (
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "TEST.DETECTIONS_PER_IMAGE",
+    "MODEL.RPN.NMS_THRESH",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    "MODEL.RETINANET.NMS_THRESH_TEST",
+    "MODEL.RETINANET.SCORE_THRESH_TEST",
+)
 
 FROM_BATCH_NORM = "was converted from BatchNorm, whose running_var does not fit MABN"
 
@@ -88,23 +115,41 @@ def needs_recalibration(record: Mapping[str, Any] | None) -> bool:
     return isinstance(record, Mapping) and bool(record.get("recalibrate"))
 
 
+def record_of_config(checkpoint: Mapping[str, Any], train: bool = True) -> dict[str, Any] | None:
+    """Return what the config in a checkpoint of `Trainer` says of its weights, as a record.
+
+    Args:
+        checkpoint: its entry "config" is the text of a YAML file.
+        train: False for an evaluation, whose result depends on more keys.
+    Returns:
+        None if the checkpoint holds no config.
+    """
+    text = checkpoint.get(CONFIG)
+    try:
+        config = yaml.safe_load(text) if isinstance(text, str) else None
+    except (yaml.YAMLError, RecursionError):  # the entry of another program
+        config = None
+    if config is None:
+        return None
+    keys = _OF_WEIGHTS if train else _OF_WEIGHTS + _OF_EVALUATION
+    values = {key: _value(config, key) for key in keys}
+    return {"config": {key: value for key, value in values.items() if value is not None}}
+
+
 def differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> list[str]:
     """Return one line for each config key that has another value in `cfg` than in a checkpoint.
 
     Args:
         record: the checkpoint's entry "mabn_d2", whose "config" maps keys such as
-            MODEL.RESNETS.STRIDE_IN_1X1 to values; None if it has none.
+            MODEL.RESNETS.STRIDE_IN_1X1 to values, or `record_of_config`; None if it has none.
     """
     lines = []
     config = (record or {}).get("config")
     for key, trained in config.items() if isinstance(config, dict) else ():
-        node = cfg
-        for name in key.split("."):
-            node = node.get(name) if hasattr(node, "get") else None
-        value = list(node) if isinstance(node, tuple) else node
+        value = _value(cfg, key)
         if key == "MODEL.BACKBONE.NAME" and {value, trained} == SAME_WITH_MABN:
             continue
-        if node is not None and value != trained:
+        if value is not None and value != _lists(trained):
             lines.append(f"{key} is {value}, the weights were trained with {trained}")
     return lines
 
@@ -113,3 +158,15 @@ def warn_of_differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> None:
     """Log the `differences` as warnings."""
     for line in differences(record, cfg):
         logging.getLogger(__name__).warning(f"{line}: change the config unless this is meant")
+
+
+def _value(node: Any, key: str) -> Any:
+    """Return the value of a key such as INPUT.FORMAT in a nested mapping; None if it has none."""
+    for name in key.split("."):
+        node = node.get(name) if hasattr(node, "get") else None
+    return _lists(node)
+
+
+def _lists(value: Any) -> Any:
+    """Return a value with lists for its tuples, which YAML does not have."""
+    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -193,7 +193,7 @@ def check_entries(
     if complete and anew:
         raise CheckpointError(
             f"{line}; an evaluation and a resumed run need all of them: use the config that the "
-            "weights were trained with"
+            "weights were trained with, which is config.yaml in the OUTPUT_DIR of their training"
         )
     return line
 

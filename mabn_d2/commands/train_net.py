@@ -7,7 +7,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ..checkpoint import SafeCheckpointer, warn_of_differences
+from ..checkpoint import SafeCheckpointer, record_of_config, warn_of_differences
 from ..config_files import find_config_file
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
 from ..engine.data_check import check_datasets
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> dict | None:
         model = Trainer.build_model(cfg)
         checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        warn_of_differences(checkpointer.record, cfg)
+        record = checkpointer.record or record_of_config(checkpointer.loaded, train=False)
+        warn_of_differences(record, cfg)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -26,13 +26,13 @@ from .errors import ConfigError
 from .resume import last_checkpoint
 
 # Keys that a labelled folder sets; where one is given, it has to agree with the folder.
+MASK_KEYS = ("MODEL.MASK_ON", "INPUT.MASK_FORMAT")
 SET_BY_FOLDER = (
     "DATASETS.TRAIN",
     "DATASETS.TEST",
     "MODEL.ROI_HEADS.NUM_CLASSES",
     "MODEL.RETINANET.NUM_CLASSES",
-    "MODEL.MASK_ON",
-    "INPUT.MASK_FORMAT",
+    *MASK_KEYS,
 )
 # Meta-architectures of Detectron2 that have boxes only.
 NO_MASKS = ("RetinaNet", "FCOS", "ProposalNetwork")
@@ -183,6 +183,9 @@ def use_folder_for(
         _keep_share(cfg, trained_with.DATASETS.VAL_SHARE, given, file)
     if not train:
         hold_out = trained_here or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
+        if trained_with:  # as in the config.yaml of its training
+            same = {key for key in MASK_KEYS if _get(cfg, key) == _get(trained_with, key)}
+            given = set(given) - same
         if trained_with and not trained_with.MODEL.MASK_ON and "MODEL.MASK_ON" not in given:
             cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
     class_names = None if classes is None else [c["name"] for c in classes]

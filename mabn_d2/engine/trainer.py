@@ -19,7 +19,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import SafeCheckpointer, warn_of_differences
+from ..checkpoint import SafeCheckpointer, record_of_config, warn_of_differences
 from ..checkpoint.description import CONFIG, describe
 from ..data.batches import MicroBatches, TrainingBatches
 from ..data.loader import build_test_loader, build_train_loader
@@ -158,7 +158,8 @@ class Trainer(DefaultTrainer):
             warn_if_finished(self.start_iter, self.max_iter)
             restore_rank_states(self._bare_model(), self.checkpointer.loaded)
             self.checkpointer.loaded = {}
-        warn_of_differences(self.checkpointer.record, self.cfg)
+        record = self.checkpointer.record or record_of_config(self.checkpointer.loaded)
+        warn_of_differences(record, self.cfg)
         if self.checkpointer.needs_recalibration:
             recalibrate_converted(self.model, self._micro_batches())
         batches = getattr(self.data_loader, "batch_sampler", None)

@@ -252,6 +252,39 @@ def test_share_of_the_training_is_kept(exports, tmp_path):
         setup_config(args(tmp_path, "--resume", "DATASETS.VAL_SHARE", 0.3, data=folder))
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_settings_that_weights_do_not_show(exports, trained, tmp_path, caplog, train):
+    """The config in a checkpoint is compared with that of a run that starts from its weights."""
+    options = [
+        "MODEL.WEIGHTS", trained, "INPUT.FORMAT", "RGB", "INPUT.MIN_SIZE_TEST", 64,
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5,1.0,3.0]]", "TEST.BEST_METRIC", "''",
+    ]  # fmt: skip
+    if train:
+        options += ["SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "tuned"]
+        cfg = setup_config(args(tmp_path, *options, data=exports("json")))
+        Trainer(cfg).resume_or_load(resume=False)
+    else:
+        run(args(tmp_path, "--eval-only", *options, data=exports("json")))
+    warned = [r.getMessage() for r in caplog.records if "were trained with" in r.getMessage()]
+    keys = ["INPUT.FORMAT is RGB", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS is [[0.5, 1.0, 3.0]]"]
+    keys += [] if train else ["INPUT.MIN_SIZE_TEST is 64"]
+    assert [line.partition(", the weights")[0] for line in warned] == keys
+
+
+def test_evaluation_with_the_config_of_the_run(exports, trained, tmp_path, caplog):
+    """The command of docs/custom-data.md: config.yaml needs no other key, and nothing differs."""
+    config = read_checkpoint(trained)["config"]
+    results = run(args(tmp_path, "--eval-only", "MODEL.WEIGHTS", trained, config=config))
+    assert results.keys() == {"bbox", "segm"}
+    assert "were trained with" not in caplog.text
+    for masks in ("boxes", "rle"):
+        other = exports("coco", masks)
+        cfg = setup_config(
+            args(tmp_path, "--eval-only", "MODEL.WEIGHTS", trained, config=config, data=other)
+        )
+        assert cfg.MODEL.MASK_ON is (masks == "rle")
+
+
 def names_val(folder):
     from mabn_d2.data.labelled_folder.register import dataset_base
 
