@@ -67,6 +67,41 @@ def classes_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return classes
 
 
+def class_names_of(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes of a checkpoint of any program; [] if it names none."""
+    try:
+        return [c["name"] for c in classes_of(checkpoint) or ()]
+    except CheckpointError:  # the entry of another program
+        return []
+
+
+def warn_of_other_classes(checkpoint: Mapping[str, Any], datasets: Sequence[str]) -> None:
+    """Log a warning where weights were trained with other classes, or another order, than a dataset has.
+
+    Args:
+        checkpoint: that the weights come from.
+        datasets: that the model is trained or evaluated on.
+    """
+    theirs = class_names_of(checkpoint)
+    for dataset in datasets if theirs else ():
+        ours = [c["name"] for c in describe_classes([dataset]).get(CLASSES, ())]
+        if ours and ours != theirs:
+            line = (
+                f"{dataset} has the {len(ours)} classes {_listed(ours)}, and the weights were "
+                f"trained with the {len(theirs)} classes {_listed(theirs)}"
+            )
+            logging.getLogger(__name__).warning(
+                f"{line}: each class gets the weights of the class at its place; give the dataset "
+                "the same names in the same order unless this is meant"
+                if len(ours) == len(theirs)
+                else f"{line}: what depends on their number starts anew"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+
+
 def config_of(checkpoint: Mapping[str, Any]) -> CfgNode | None:
     """Return the config that a checkpoint holds; None if it holds none.
 

@@ -8,6 +8,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import SafeCheckpointer, record_of_config, warn_of_differences
+from ..checkpoint.description import warn_of_other_classes
 from ..config_files import find_config_file
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
 from ..engine.data_check import check_datasets
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> dict | None:
         record = checkpointer.record or record_of_config(checkpointer.loaded, train=False)
         warn_of_differences(record, cfg)
         results = Trainer.test(cfg, model)
+        # Now: Detectron2 takes the names of the classes from a file when it loads it.
+        warn_of_other_classes(checkpointer.loaded, cfg.DATASETS.TEST)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from ..checkpoint import SafeCheckpointer
-from ..checkpoint.description import describe_classes
+from ..checkpoint.description import describe_classes, warn_of_other_classes
 from ..data.batches import MicroBatches
 from ..data.requirements import DataRequirements
 from ..data.workers import guard_workers
@@ -118,6 +118,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     checkpointer.description = describe_classes(names)
     trainer.register_hooks(_build_hooks(cfg, bare, trainer, checkpointer))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    warn_of_other_classes(checkpointer.loaded, names[:1])
     start = 0
     if resume and checkpointer.has_checkpoint():
         start = trainer.iter + 1

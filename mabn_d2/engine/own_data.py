@@ -1,5 +1,6 @@
 """Sets a config from a labelled folder: datasets, number of classes, masks."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Collection
@@ -9,8 +10,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..checkpoint import read_checkpoint, weights_file
-from ..checkpoint.description import classes_of, config_of
+from ..checkpoint import CheckpointError, read_checkpoint, weights_file
+from ..checkpoint.description import class_names_of, classes_of, config_of
 from ..data.errors import DataError
 from ..data.labelled_folder import (
     PreparedFolder,
@@ -159,9 +160,12 @@ def use_folder_for(
 ) -> PreparedFolder:
     """`use_folder` for a run: the classes are those of the checkpoint that it goes on from.
 
-    An evaluation is of the images that were held out, if the checkpoint was trained on this folder
-    or DATASETS.TEST names them; DATASETS.VAL_SHARE is that of the checkpoint's training; otherwise of the folder's own part to validate on, or of all images.
-    Masks are evaluated if the checkpoint's model and the folder have them.
+    A new run from MODEL.WEIGHTS takes their order of the classes, if the names are the same.
+
+    If the checkpoint was trained on this folder, or DATASETS.TEST names it, an evaluation is of the images
+    that were held out, by the DATASETS.VAL_SHARE of that training. Otherwise it is of the folder's own
+    part to validate on, or of all images. Masks are evaluated if the checkpoint's model and the folder
+    have them.
 
     Args:
         resume: the run goes on from the last checkpoint in OUTPUT_DIR, if there is one.
@@ -169,8 +173,9 @@ def use_folder_for(
         given, alone: as for `use_folder`.
     """
     file = (resume and last_checkpoint(cfg.OUTPUT_DIR)) or ""
-    if not file and not train:
-        file = weights_file(cfg.MODEL.WEIGHTS)
+    if not file and train:
+        return _use_in_order_of_weights(cfg, given, alone)
+    file = file or weights_file(cfg.MODEL.WEIGHTS)
     checkpoint = read_checkpoint(file) if file and os.path.isfile(file) else {}
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     classes = classes_of(checkpoint)
@@ -190,6 +195,20 @@ def use_folder_for(
             cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
     class_names = None if classes is None else [c["name"] for c in classes]
     return use_folder(cfg, given, class_names, hold_out, alone)
+
+
+def _use_in_order_of_weights(cfg: CfgNode, given: Collection[str], alone: bool) -> PreparedFolder:
+    """`use_folder` for a new run: the heads of a class go on as those of the same class."""
+    file, names = weights_file(cfg.MODEL.WEIGHTS), []
+    if file and os.path.isfile(file):
+        with contextlib.suppress(CheckpointError):  # the check of the weights says it
+            checkpoint = read_checkpoint(file)
+            names = class_names_of(checkpoint) if isinstance(checkpoint, dict) else []
+    folder = use_folder(cfg, given, alone=alone)
+    same = set(names) == set(folder.class_names) and len(names) == len(folder.class_names)
+    if same and names != folder.class_names:
+        folder = use_folder(cfg, given, names, alone=alone)
+    return folder
 
 
 def _keep_share(cfg: CfgNode, share: float, given: Collection[str], file: str) -> None:

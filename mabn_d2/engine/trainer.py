@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint import SafeCheckpointer, record_of_config, warn_of_differences
-from ..checkpoint.description import CONFIG, describe
+from ..checkpoint.description import CONFIG, describe, warn_of_other_classes
 from ..data.batches import MicroBatches, TrainingBatches
 from ..data.loader import build_test_loader, build_train_loader
 from ..modeling.norm_table import norm_settings
@@ -146,6 +146,7 @@ class Trainer(DefaultTrainer):
         self._output_is_ours = True
         self.checkpointer.before_resume = self._check_same_run
         super().resume_or_load(resume)
+        warn_of_other_classes(self.checkpointer.loaded, self.cfg.DATASETS.TRAIN[:1])
         if not (resume and self.checkpointer.has_checkpoint()):
             warn_if_random_and_frozen(
                 self._bare_model(),

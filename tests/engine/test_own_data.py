@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 
 from commands import SMALL_CONFIG
@@ -332,6 +333,55 @@ def test_resumed_run_keeps_its_classes(exports, trained, tmp_path):
     edit(folder / "labels.json", lambda c: c["categories"][3].update(name="neu"))
     with pytest.raises(BadAnnotationError, match="'neu'"):
         setup_config(parsed)
+
+
+def test_new_run_orders_classes_as_its_weights_do(exports, trained, tmp_path, caplog):
+    """Each head goes on as that of its class; other names are named."""
+    folder = shutil.copytree(exports("json"), tmp_path / "reversed")
+
+    def reverse(content):
+        for entry in content["categories"]:
+            entry["id"] = 11 - entry["id"]
+        for entry in content["annotations"]:
+            entry["category_id"] = 11 - entry["category_id"]
+
+    edit(folder / "labels.json", reverse)
+    before = DatasetCatalog.get(setup_config(args(tmp_path, "OUTPUT_DIR", tmp_path / "a",
+                                                  data=exports("json"))).DATASETS.TRAIN[0])  # fmt: skip
+    options = ("MODEL.WEIGHTS", trained, "OUTPUT_DIR", tmp_path / "tuned")
+    cfg = setup_config(args(tmp_path, *options, data=folder))
+    assert MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes == NAMES
+    classes = [
+        [[a["category_id"] for a in r["annotations"]] for r in records]
+        for records in (before, DatasetCatalog.get(cfg.DATASETS.TRAIN[0]))
+    ]
+    assert classes[0] == classes[1]
+    Trainer(cfg).resume_or_load(resume=False)
+    assert "were trained with the" not in caplog.text
+
+    edit(folder / "labels.json", lambda c: c["categories"][0].update(name="neuf"))
+    Trainer(setup_config(args(tmp_path, *options, data=folder))).resume_or_load(resume=False)
+    assert "has the 10 classes (neun, acht, " in caplog.text
+    assert "trained with the 10 classes (null, eins" in caplog.text
+    assert "the class at its place" in caplog.text
+    edit(folder / "labels.json", lambda c: c["categories"].append({"id": 20, "name": "more"}))
+    Trainer(setup_config(args(tmp_path, *options, data=folder))).resume_or_load(resume=False)
+    assert "has the 11 classes" in caplog.text and "starts anew" in caplog.text
+
+
+def test_evaluation_of_a_registered_set_of_other_classes(exports, trained, tmp_path, caplog):
+    folder = shutil.copytree(exports("coco"), tmp_path / "coco")
+    file = folder / "annotations/instances_val2017.json"
+    edit(file, lambda c: [entry.update(id=11 - entry["id"]) for entry in c["categories"]])
+    edit(file, lambda c: [a.update(category_id=11 - a["category_id"]) for a in c["annotations"]])
+    register_coco_instances("reversed_val", {}, str(file), str(folder / "val2017"))
+    try:
+        config = SMALL_CONFIG + 'DATASETS: {TRAIN: [], TEST: ["reversed_val"]}'
+        run(args(tmp_path, "--eval-only", "MODEL.WEIGHTS", trained, config=config))
+    finally:
+        DatasetCatalog.remove("reversed_val")
+        MetadataCatalog.remove("reversed_val")
+    assert "reversed_val has the 10 classes (neun, acht, " in caplog.text
 
 
 def test_trainer_reads_the_folder_itself(exports, digits_cfg):
