@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
-from ..config_files import config_names
+from ..config_files import config_names, find_config_file
 from ..data.errors import did_you_mean, one_line
 from ..safe_yaml import RefusedYAML, check_yaml
 from .errors import ConfigError
@@ -35,10 +35,13 @@ _EXAMPLES = {
 def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNode:
     """Return the config of a YAML file, changed by `opts`, a list of keys and values.
 
+    Args:
+        config_file: outside of a checkout, "configs/..." is that of this package.
+        opts: keys and values by turns.
     Raises:
         ConfigError: for a file, key or value that can't be used.
     """
-    config_file = os.fspath(config_file)
+    config_file = find_config_file(os.fspath(config_file))
     cfg = get_cfg()
     add_mabn_config(cfg)
     defaults = cfg.clone()

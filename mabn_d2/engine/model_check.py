@@ -144,6 +144,11 @@ def build_errors(node: Mapping, prefix: str = "MODEL.") -> Iterator[None]:
     except ConfigError:
         raise
     except BUILD_ERRORS as error:
+        if str(node.get("DEVICE")).startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(
+                f"{prefix}DEVICE is {node['DEVICE']!r}, but torch finds no GPU: set "
+                f'{prefix}DEVICE "cpu", or use a machine with a GPU'
+            ) from error
         text = one_line(error, 300) or _where(error)
         value = error.args[0] if isinstance(error, KeyError) and error.args else None
         keys = [] if value is None else list(_keys_with(node, value, prefix))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -410,8 +411,11 @@ def test_faults_name_the_file_of_the_user(exports, tmp_path, annotation):
         check_data(cfg)
 
 
-def test_script_of_ones_own(exports, tmp_path):
-    """The lines in docs/custom-data.md, with a smaller model."""
+def test_script_of_ones_own(exports, tmp_path, monkeypatch):
+    """The lines in docs/custom-data.md, with a smaller model; the config is found in any folder."""
+    monkeypatch.chdir(tmp_path)
+    own = read_config("configs/own_data_mask_rcnn_R50_FPN_mabn.yaml")
+    assert own.SOLVER.EPOCHS == 60
     (tmp_path / "config.yaml").write_text(SMALL_CONFIG)
     cfg = read_config(
         str(tmp_path / "config.yaml"),
@@ -420,6 +424,11 @@ def test_script_of_ones_own(exports, tmp_path):
     )  # fmt: skip
     folder = use_folder(cfg)
     assert folder.class_names == NAMES and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+    if not torch.cuda.is_available():
+        on_gpu = cfg.clone()
+        on_gpu.MODEL.DEVICE = "cuda"
+        with pytest.raises(ConfigError, match="MODEL.DEVICE is 'cuda', but .*MODEL.DEVICE \"cpu\""):
+            Trainer(on_gpu)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
