@@ -47,6 +47,9 @@ class AnnotationCheck:
         self.heights = np.append(sizes.heights, 0)[self.image_of]
         self.widths = np.append(sizes.widths, 0)[self.image_of]
         self.are_sizes = np.ones(len(self.annotations), bool)  # not the second corner of a box
+        self.unfindable: set[int] = set()  # objects that an evaluation leaves out
+        if evaluation:
+            self.no_area = "and are left out"
 
     def inspect(self) -> None:
         suspects = set(np.flatnonzero(self.image_of < 0).tolist())
@@ -124,6 +127,8 @@ class AnnotationCheck:
                 self._clip(np.flatnonzero(beyond))
         if empty.any():
             self._note(empty, f"have no area inside the image, {self.no_area}")
+            if self.evaluation and not empty.all():
+                self._leave_out(np.flatnonzero(empty))
         return bad
 
     def _clip(self, positions: np.ndarray) -> None:
@@ -136,6 +141,13 @@ class AnnotationCheck:
             self.findings.edits.append(
                 Edit("annotations", position, "bbox", [x, y, right - x, bottom - y])
             )
+
+    def _leave_out(self, positions: np.ndarray) -> None:
+        """Leave out objects that a training does not learn and no prediction matches."""
+        self.unfindable.update(
+            p for p in positions.tolist() if not self.annotations[p].get("iscrowd")
+        )
+        self.findings.edits += [Edit("annotations", p, None) for p in sorted(self.unfindable)]
 
     def _note(self, which: np.ndarray, text: str) -> None:
         first = int(np.argmax(which))
@@ -322,7 +334,7 @@ class AnnotationCheck:
             self.findings.edits.append(Edit("annotations", position, name, value))
 
         problems = self.findings.problems
-        bad = {p.position for p in problems if p.key == "annotations"}
+        bad = {p.position for p in problems if p.key == "annotations"} | self.unfindable
         ids = [annotation["id"] for annotation in self.annotations]
         # pycocotools stores the id of the object that a detection matches in an array of numbers,
         # where 0 means none.
@@ -361,7 +373,7 @@ class AnnotationCheck:
         summary = self.findings.summary
         problems = self.findings.problems
         left_out = {p.position for p in problems if p.key == "annotations"}
-        left_out |= set(self.dropped)
+        left_out |= {*self.dropped, *self.unfindable}
         images: Counter[int] = Counter()  # objects of each
         for position, annotation in enumerate(self.annotations):
             if position in left_out or not self.heights[position]:

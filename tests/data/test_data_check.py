@@ -788,6 +788,17 @@ def test_boxes_without_area_everywhere(cfg, data, tmp_path):
         check(cfg, tmp_path, data)
 
 
+def test_boxes_without_area_to_evaluate(cfg, data, tmp_path, caplog):
+    """One is left out; if all are, there is nothing to evaluate."""
+    data["val"]["annotations"][0]["bbox"][2] = 0
+    check(cfg, tmp_path, data)
+    assert "1 of 6 boxes have no area inside the image, and are left out" in caplog.text
+    for annotation in data["val"]["annotations"]:
+        annotation["bbox"][2] = 0
+    with pytest.raises(DataError, match="no objects but 6 whose box .*nothing to evaluate"):
+        check(cfg, tmp_path, data)
+
+
 def test_labels_that_ignore_the_exif_tag(cfg, data, tmp_path):
     """Width and height in the JSON are right for the boxes: the tag has to go."""
     for content, split in zip(data.values(), data, strict=True):

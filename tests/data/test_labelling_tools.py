@@ -58,8 +58,19 @@ def change_to_outside(annotations):
         annotation.update(bbox=[-20, 4, 40, 15])
 
 
+def change_to_no_area(annotations):
+    for position, side in ((0, 2), (3, 3)):
+        annotations[position]["bbox"][side] = 0
+
+
 @pytest.mark.parametrize(
-    "change, detections", [(change_to_many, 150), (change_to_many, 100), (change_to_outside, 100)]
+    "change, detections",
+    [
+        (change_to_many, 150),
+        (change_to_many, 100),
+        (change_to_outside, 100),
+        (change_to_no_area, 100),
+    ],
 )
 def test_perfect_predictions_of_unusual_objects(change, detections, digits_cfg, tmp_path):
     data = make_dataset(tmp_path)
