@@ -54,7 +54,16 @@ def _too_old(device: torch.device) -> str | None:
     return "the Triton kernels need compute capability 8.0"
 
 
-def mabn(
+def mabn(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, Statistics]:
+    """Run a whole layer in training; see `torch_ops.mabn`."""
+    device = x.get_device()
+    if device < 0 or device == torch.cuda.current_device():
+        return _mabn(x, *arguments)
+    with torch.cuda.device(device):
+        return _mabn(x, *arguments)
+
+
+def _mabn(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -72,28 +81,7 @@ def mabn(
     relu: bool,
     batch_size: int = 0,
 ) -> tuple[torch.Tensor, Statistics]:
-    """Run a whole layer in training; see `torch_ops.mabn`."""
     device = x.get_device()
-    if device >= 0 and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return mabn(
-                x,
-                weight,
-                bias,
-                psi_window,
-                window,
-                running_var,
-                iters,
-                rejected,
-                eps,
-                momentum,
-                batch_stats_iters,
-                no_renorm_iters,
-                clip_limit,
-                update_state,
-                relu,
-                batch_size,
-            )
     if not (weight.is_contiguous() and bias.is_contiguous()):
         weight, bias = weight.contiguous(), bias.contiguous()
     if weight.get_device() != device or bias.get_device() != device:
