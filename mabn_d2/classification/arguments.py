@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Trains and tests classifiers on an image folder, with normalization batches of "
         "any size. One process: tools/train_imagenet.py --data DIR. Eight GPUs: torchrun "
-        "--nproc_per_node 8 tools/train_imagenet.py --data DIR.",
+        "--nproc_per_node 8 tools/train_imagenet.py --data DIR, or SLURM's srun.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -1,6 +1,5 @@
 """The processes that train one classifier."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,30 +8,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..engine.launch import StartedProcess, join_group
+
 
 class Processes(NamedTuple):
-    """This process's rank and the number of processes, as torchrun sets them."""
+    """This process's rank and the number of processes."""
 
     rank: int
     world_size: int
 
     @classmethod
-    def of_environment(cls) -> "Processes":
-        """Return what RANK and WORLD_SIZE say; without them, one process."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    def of(cls, started: StartedProcess | None) -> "Processes":
+        """Return the place of a process that torchrun or srun started; without it, one process."""
+        return cls(started.rank, started.world_size) if started else cls(0, 1)
 
 
 @contextmanager
-def process_group(device: torch.device, world_size: int) -> Iterator[None]:
+def process_group(device: torch.device, started: StartedProcess | None) -> Iterator[None]:
     """Join the group of several processes, and leave it at the end."""
-    own = world_size > 1 and not dist.is_initialized()
-    if own:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if started is None or dist.is_initialized():
+        yield
+        return
+    join_group(started, "nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
-        if own:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:

@@ -18,6 +18,7 @@ import torch
 
 from ..checkpoint.io import atomic_file
 from ..engine.code_version import commit
+from ..engine.launch import started_process
 from .arguments import parse_args
 from .digit_crops import make_digit_crops
 from .models import WITHOUT_NORM_BATCH
@@ -176,6 +177,11 @@ def train(
 
 def train_missing(args: Namespace, rows: list[dict[str, str]], path: Path) -> list[str]:
     """Train what `rows` lacks; add each row and write it to `path`; return what failed."""
+    if started := started_process():
+        raise ValueError(
+            f"{started.launcher} starts {started.world_size} processes, each of which would train the "
+            "whole sweep: start one process (srun --ntasks 1, no torchrun)"
+        )
     runs = missing_runs(args, rows, path)
     if args.data is None:
         make_digit_crops(DIGITS_FOLDER)

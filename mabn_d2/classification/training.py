@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from ..checkpoint.io import read_checkpoint
 from ..engine.guarded_trainer import MAX_REJECTED
 from ..engine.hooks import StopOnSignal
+from ..engine.launch import check_launch, started_process
 from ..modeling.norm_table import parse_norm_options
 from .evaluation import evaluate
 from .image_folder import (
@@ -56,11 +56,13 @@ def train_classifier(args: Namespace) -> dict:
         FloatingPointError: if too many batches in a row have gradients that are not finite.
         SystemExit: 128 + signal, after SIGTERM or SIGINT and a checkpoint.
     """
-    processes, device = Processes.of_environment(), torch.device(args.device)
+    device, started = torch.device(args.device), started_process()
+    check_launch(int(device.type == "cuda"))
+    processes = Processes.of(started)
     if not args.test_only:
         check_output(args)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(started.local_rank if started else 0)
         torch.backends.cudnn.benchmark = True
     if args.norm == "syncbn" and device.type == "cpu" and processes.world_size > 1:
         raise ValueError(
@@ -68,7 +70,7 @@ def train_classifier(args: Namespace) -> dict:
             "process, or --norm bn"
         )
     stop = StopOnSignal(None)
-    with process_group(device, processes.world_size):
+    with process_group(device, started):
         try:
             if args.test_only:
                 return test_only(args, processes, device)

@@ -227,6 +227,20 @@ def _join(
     on_gpu = torch.cuda.is_available() and num_gpus > 0
     if on_gpu:
         torch.cuda.set_device(started.local_rank)
+    join_group(started, "nccl" if on_gpu else "gloo")
+    try:
+        comm.create_local_process_group(started.local_size)
+        comm.synchronize()
+        if check is not None:
+            with one_line_errors():
+                on_one_rank(lambda: check(*args))
+        return main(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def join_group(started: StartedProcess, backend: str) -> None:
+    """Join the process group of the processes that torchrun or srun has started."""
     if started.rank == 0:
         meet = f"{started.launcher}: {started.world_size} processes meet at {started.address}"
         if started.launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
@@ -237,21 +251,12 @@ def _join(
     # torchrun's agent already listens at the address; "env://" knows how to share it.
     by_environment = started.launcher == "torchrun"
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        backend,
         init_method="env://" if by_environment else f"tcp://{started.address}",
         world_size=started.world_size,
         rank=started.rank,
         timeout=DEFAULT_TIMEOUT,
     )
-    try:
-        comm.create_local_process_group(started.local_size)
-        comm.synchronize()
-        if check is not None:
-            with one_line_errors():
-                on_one_rank(lambda: check(*args))
-        return main(*args)
-    finally:
-        dist.destroy_process_group()
 
 
 def _forward(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from classifying import ENVIRONMENT, make_data
+from commands import slurm_variables
 from mabn_d2.classification.sweep import missing_runs, read_rows, training_args
 from mabn_d2.classification.sweep_report import table
 from mabn_d2.commands.sweep_batch_size import main
@@ -58,12 +59,21 @@ def read(folder):
     return text, list(csv.DictReader(text.splitlines()))
 
 
-def test_missing_package(tmp_path, monkeypatch):
-    """The digit crops are made of scikit-learn's digits."""
+@pytest.mark.parametrize(
+    "launched, message",
+    [
+        (False, r"sklearn.*pip install 'mabn_d2\[data\]'"),
+        (True, "srun starts 2 processes, each of which would train the whole sweep: start one"),
+    ],
+)
+def test_what_a_sweep_lacks(tmp_path, monkeypatch, launched, message):
+    """The package whose digits the digit crops are made of, or a process of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    for name, value in slurm_variables(0, 1).items() if launched else ():
+        monkeypatch.setenv(name, value)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match=r"sklearn.*pip install 'mabn_d2\[data\]'"):
+    with pytest.raises(SystemExit, match=message):
         main(["--output", "out"])
     signal.signal(signal.SIGTERM, before)
     assert not Path("datasets/digit_crops").exists()

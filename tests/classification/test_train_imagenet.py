@@ -3,11 +3,13 @@
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from classifying import ENVIRONMENT, RANKS, arguments, damage, load, make_data, read_log, train
+from classifying import ENVIRONMENT, arguments, damage, load, make_data, read_log, train
+from commands import free_port, slurm_variables
 from mabn_d2.checkpoint.io import CheckpointError
 from mabn_d2.classification.arguments import parse_args
 from mabn_d2.classification.image_folder import Images, ImagesError, val_transform
@@ -67,16 +69,21 @@ def test_other_class_folders(tmp_path):
 
 
 def test_two_processes_count_each_image_once(tmp_path):
-    """One rank meets the damaged training image, the other one that of the test."""
+    """Of srun. One rank meets the damaged training image, the other one that of the test."""
     data = make_data(tmp_path)
     bad = damage(data / "train"), damage(data / "val")
-    command = [
-        *RANKS,
-        "tools/train_imagenet.py",
-        *arguments(data, tmp_path, "--epochs", 1, "--epoch-iters", 4),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = ("--epochs", 1, "--epoch-iters", 4)
+    command = [sys.executable, "tools/train_imagenet.py", *arguments(data, tmp_path, *more)]
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT | slurm_variables(rank, port),
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    texts = [rank.communicate(timeout=250)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(texts)[-3000:]
     result = load(tmp_path)["result"]
     alone = train(data, tmp_path, "--test-only", "--checkpoint", tmp_path / "checkpoint.pth")
     for key, value in alone.items():
@@ -201,7 +208,8 @@ def test_errors_before_data_is_read(tmp_path, monkeypatch):
         train("no data", tmp_path)
     with pytest.raises(ImagesError, match="there is no folder no data/train"):
         train("no data", tmp_path / "other")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in slurm_variables(0, 1).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="syncbn over several processes needs GPUs"):
         train("no data", tmp_path / "other", "--norm", "syncbn")
     assert not (tmp_path / "other").exists()

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from test_machines import free_port
 
+from commands import free_port, slurm_variables
 from mabn_d2.engine import ConfigError
 from mabn_d2.engine.launch import StartedProcess, check_launch, started_process
 from paths import ROOT
@@ -63,21 +63,14 @@ def torchrun(script, *arguments):
             port, str(script), *arguments]  # fmt: skip
 
 
-def srun(script, rank, port):
-    """What SLURM's srun starts as one of two tasks on this machine."""
-    slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": 2, "SLURM_JOB_ID": 7,
-             "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_ID": 0, "SLURM_STEP_TASKS_PER_NODE": "2",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-    return [sys.executable, str(script)], {name: str(value) for name, value in slurm.items()}
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_one_run_of_two_processes(script, launcher):
     if launcher == "torchrun":
         texts, codes = outputs([(torchrun(script), {})])
     else:
         port = free_port()
-        texts, codes = outputs([srun(script, rank, port) for rank in range(2)])
+        command = [sys.executable, str(script)]
+        texts, codes = outputs([(command, slurm_variables(rank, port)) for rank in range(2)])
     text = "".join(texts)
     assert set(codes) == {0}, text[-3000:]
     for rank in range(2):

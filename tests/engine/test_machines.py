@@ -1,17 +1,9 @@
 """Two "machines" that meet on loopback, one slower than the other."""
 
-import socket
-
 import pytest
 import torch
 
-from commands import CONFIG, SMALL, start
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from commands import CONFIG, SMALL, free_port, start
 
 
 def on_two_machines(*arguments):

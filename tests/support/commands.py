@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,20 @@ def exit_line(monkeypatch, tool, *arguments):
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
     assert stop.value.code.startswith(f"{tool}: ")
     return stop.value.code
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def slurm_variables(rank, port):
+    """Return what SLURM's srun sets for one of two tasks on this machine."""
+    slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": 2, "SLURM_JOB_ID": 7,
+             "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_ID": 0, "SLURM_STEP_TASKS_PER_NODE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    return {name: str(value) for name, value in slurm.items()}
 
 
 def assert_ended(group):
