@@ -380,6 +380,26 @@ def test_report(cfg):
     assert trainer.model.training
 
 
+def test_report_is_of_the_weights_that_it_names(cfg, small_scenes):
+    cfg.SOLVER.MAX_ITER = 3
+    trainer = told(cfg, 12, 34, 23)
+    trainer.train()
+    last = copy.deepcopy(trainer.model.state_dict())
+    drawn = []
+    with patch(
+        "mabn_d2.engine.report.draw_predictions",
+        lambda cfg, model, path: drawn.append(copy.deepcopy(model.state_dict())),
+    ):
+        text = report_run(trainer)
+    final, best = text.split("small_scenes_val after 2 iterations (model_best.pth), in %:")
+    assert "small_scenes_val after 3 iterations, in %:" in final
+    assert "| box  | 23.0 |" in final and "| box  | 34.0 |" in best
+    best = saved(cfg, "model_best.pth")["model"]
+    (shown,), now = drawn, trainer.model.state_dict()
+    assert all(torch.equal(shown[name], best[name]) for name in best)
+    assert all(torch.equal(now[name], last[name]) for name in last)
+
+
 def test_proposals_alone(cfg):
     """RPN without RoI heads: its proposals are evaluated and drawn, and choose the best checkpoint."""
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = "ProposalNetwork", False
