@@ -154,8 +154,8 @@ def mask_problem(masks: Any, size: list[int]) -> str | None:
 def cocos_form(masks: Any) -> Any:
     """Return a segmentation in the form that COCO defines, or `masks` itself.
 
-    Corrects one polygon that is not in a list of its own (VIA), points that are pairs, and an RLE in a
-    list.
+    Corrects one polygon that is not in a list of its own (VIA), points that are pairs, also without a
+    list of their own, and an RLE in a list.
     """
     if not isinstance(masks, list) or not masks:
         return masks
@@ -163,6 +163,9 @@ def cocos_form(masks: Any) -> Any:
         return [masks]
     if len(masks) == 1 and isinstance(masks[0], dict):
         return masks[0]
+    points = masks if _is_list_of_pairs(masks) and all(map(are_numbers, masks)) else []
+    if 2 * len(points) >= MIN_POLYGON:
+        masks = [points]
     if all(_is_list_of_pairs(polygon) for polygon in masks):
         return [[value for point in polygon for value in point] for polygon in masks]
     return masks

@@ -337,7 +337,8 @@ def test_masks_that_contradict_their_boxes(tmp_path, caplog, masks, note):
 
 def test_lists_of_another_form(tmp_path, caplog):
     """VIA has one polygon without a list around it, others have pairs, or an RLE in a list."""
-    for masks in ([1, 2, 11, 2, 11, 12], [[[1, 2], [11, 2], [11, 12]]], [EMPTY_RLE]):
+    points = [[1, 2], [11, 2], [11, 12]]
+    for masks in ([1, 2, 11, 2, 11, 12], [points], points, [EMPTY_RLE]):
         content = edit(("annotations", 0, "segmentation"), masks)
         findings = inspect(content, "x.json", str(tmp_path_of(tmp_path)), evaluation=True)
         (value,) = (e.value for e in findings.edits if e.field == "segmentation")
