@@ -95,12 +95,13 @@ def _compare_with_files(
     sample = usable[np.linspace(0, len(usable) - 1, min(OPENED, len(usable)), dtype=int)]
     wrong, swapped, swapped_by_tag = [], 0, 0
     unreadable: list[str] = []
+    unseen: list[str] = []  # turned or mirrored, which the size does not show
     for position in sample.tolist():
         image = images[position]
         path = os.path.join(image_root, image["file_name"])
         given = int(sizes.widths[position]), int(sizes.heights[position])
         try:
-            found, stored = _read_size(path)
+            found, stored, is_turned = _read_size(path)
         except Exception as error:  # readers raise anything for a damaged file
             if evaluation:
                 text = f"image {image['id']}: {path} can't be read ({one_line(error)})"
@@ -108,6 +109,8 @@ def _compare_with_files(
             else:  # it is named again when it is read
                 unreadable.append(f"{path} ({one_line(error)})")
             continue
+        if is_turned and found == stored:
+            unseen.append(path)
         if found == given:
             continue
         swapped += found == given[::-1]
@@ -132,6 +135,12 @@ def _compare_with_files(
             f"were compared with their files ({wrong[0]}): correct width and height in the JSON"
         )
     findings.problems.extend(wrong)
+    if unseen:
+        findings.notes.append(
+            f"{len(unseen)} of {len(sample)} image files that were looked at are read as their EXIF tag "
+            f"Orientation turns or mirrors them, such as {unseen[0]}: if they were labelled as they are "
+            "stored, remove the tag"
+        )
     if unreadable:
         findings.notes.append(
             f"{len(unreadable)} of {len(sample)} image files that were looked at can't be read, such "
@@ -139,8 +148,8 @@ def _compare_with_files(
         )
 
 
-def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (width, height) as Detectron2 sees an image, and as it is stored.
+def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    """Return (width, height) as Detectron2 sees an image, and as it is stored, and whether its tag turns it.
 
     Raises:
         Exception: of any kind, if it can't be read; ValueError for one that `check_header` refuses.
@@ -148,5 +157,6 @@ def _read_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
     with Image.open(path) as image:
         check_header(image)
         stored = image.size
-        turned = exif_orientation(image) in (5, 6, 7, 8)
-    return (stored[::-1] if turned else stored), stored
+        orientation = exif_orientation(image)
+    shown = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    return shown, stored, orientation in (2, 3, 4, 5, 6, 7, 8)

@@ -428,6 +428,21 @@ def test_size_after_the_turn_by_exif(cfg, data, tmp_path):
         check(cfg, tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    "orientation, noted", [(1, False), (2, True), (3, True), (4, True), (8, True)]
+)
+def test_turn_by_exif_that_the_size_does_not_show(orientation, noted, cfg, data, tmp_path, caplog):
+    """It may be right: a note."""
+    path = tmp_path / "train" / data["train"]["images"][1]["file_name"]
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.open(path).save(path, exif=exif)
+    check(cfg, tmp_path, data)
+    notes = [r.message for r in caplog.records if "EXIF" in r.message]
+    assert len(notes) == noted
+    assert not noted or re.search("1 of 6 image files .*/1.png: if they were labelled as", notes[0])
+
+
 def test_two_training_sets(cfg, data, tmp_path):
     data["more"] = make_dataset(tmp_path / "more")["train"]
     os.rename(tmp_path / "more" / "train", tmp_path / "more" / "images")
