@@ -30,9 +30,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..layers import MABN2d, PerLevelNorm
 from ..layers.base import ConfigurableNorm
+from ..surgery.callers import RUN_IN_TURN
 from ..surgery.convolutions import center_conv, check_conv, is_convolution
 from ..surgery.first_forward import check_in_first_forward
-from ..surgery.fuse_relu import RUN_IN_TURN, fuse_relu
+from ..surgery.fuse_relu import fuse_relu
 from .norm_table import NORMS, configure_norms, norm_layers, scale_norm_schedules, set_num_groups
 from .optimizer_params import detectron2_optimizer_params, get_default_optimizer_params
 

@@ -6,9 +6,10 @@ from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, Nai
 from detectron2.modeling.backbone import regnet
 
 from ..surgery.batch_norms import BATCH_NORM_LISTS, PLAIN_BATCH_NORMS
+from ..surgery.callers import RUN_IN_TURN
 from ..surgery.convolutions import WITHOUT_BIAS, register_centred, register_when_used
 from ..surgery.fold import STOCK
-from ..surgery.fuse_relu import CONVS_WITH_ACTIVATION, FUSED_BLOCKS, RUN_IN_TURN
+from ..surgery.fuse_relu import CONVS_WITH_ACTIVATION, FUSED_BLOCKS
 from .convolutions import CenNormConv2d
 from .fused_blocks import FusedBasicBlock, FusedBasicStem, FusedBottleneckBlock
 from .stock_norms import FrozenBatchNormAct2d, cycle_batch_norms

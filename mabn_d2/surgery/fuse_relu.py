@@ -7,7 +7,8 @@ models keep of their parts, stay as they are:
 - an argument `activation` of a convolution that holds its norm (Detectron2's Conv2d in box, mask and
   semantic segmentation heads, ASPP): an `Applied` takes its place;
 - a module behind the norm, in a module that runs its children in turn (nn.Sequential; in Detectron2
-  RetinaNet, FCOS, RegNet): the same;
+  RetinaNet, FCOS, RegNet): the same, if no module above calls these children one by one, because it
+  may use the norm's output;
 - the activation of a norm that has one (timm's BatchNormAct2d): the same;
 - a call in the forward of a block (Detectron2's ResNet): the class is exchanged for one without it.
 
@@ -25,14 +26,13 @@ from torch import nn
 
 from ..layers import MABN2d, PerLevelNorm
 from ..layers.norm_act import MABNAct2d
+from .callers import RUN_IN_TURN, Callers
 
 # {class of a block: the class without the ReLU behind its convolutions}, whose attribute `with_relu`
 # names these. Looked up by the exact type: subclasses have forwards of their own.
 FUSED_BLOCKS: dict[type[nn.Module], type[Any]] = {}
 # Classes of convolutions that run their `norm` and then their `activation`.
 CONVS_WITH_ACTIVATION: set[type[nn.Module]] = set()
-# Forwards that run the module's children in turn.
-RUN_IN_TURN = {nn.Sequential.forward}
 
 
 class Applied(nn.Module):
@@ -51,7 +51,8 @@ def fuse_relu(model: nn.Module) -> nn.Module:
     """Give every MABN layer that a ReLU follows that ReLU, in place; return the model.
 
     What the model computes, its state dict and its parameters stay. Norms that several places
-    share are left alone. Call `unfuse_relu` before you replace a norm: its ReLU would go with it.
+    share are left alone, and so are those in an nn.Sequential if the forward of the module above calls
+    its parts one by one, or can't be traced symbolically (torch.fx). Call `unfuse_relu` before you replace a norm: its ReLU would go with it.
     """
     uses: Counter[object] = Counter(
         child for parent in model.modules() for child in parent._modules.values()
@@ -62,6 +63,14 @@ def fuse_relu(model: nn.Module) -> nn.Module:
         free = bool(layers) and all(layer.activation is None for layer in layers)
         return free and uses[norm] == 1
 
+    callers = Callers(model)
+
+    def runs_whole(module: nn.Module) -> bool:
+        in_turn = type(module).forward in RUN_IN_TURN
+        return not in_turn or all(
+            callers.calls_children(caller, module) is False for caller in callers.of(module)
+        )
+
     for module in list(model.modules()):
         if type(module) in FUSED_BLOCKS:
             fused = FUSED_BLOCKS[type(module)]
@@ -71,7 +80,7 @@ def fuse_relu(model: nn.Module) -> nn.Module:
                 for conv in convs:
                     _set_activation(conv.norm, "relu")
         for norm, name, relu in _followed(module):
-            if _is_relu(relu) and can_have(norm):
+            if _is_relu(relu) and can_have(norm) and runs_whole(module):
                 _set_activation(norm, "relu")
                 setattr(module, name, Applied(relu if isinstance(relu, nn.ReLU) else nn.ReLU()))
     return model

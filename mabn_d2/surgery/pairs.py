@@ -11,7 +11,6 @@ is taken from what the model does, as far as this can be found out:
    to check it (`first_forward`).
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers import CenConv2d, CenConvTranspose2d
+from .callers import RUN_IN_TURN, Callers
 from .convolutions import Convolution, is_convolution
-from .fuse_relu import RUN_IN_TURN
 
 # Convolutions that don't run a norm which somebody attaches to them.
 _WITHOUT_NORM = (nn.Conv2d, nn.ConvTranspose2d, CenConv2d, CenConvTranspose2d)
@@ -75,9 +74,7 @@ def find_pairs(
     names = {module: name for name, module in model.named_modules()}
     uses = Counter(c for m in model.modules() for c in m._modules.values() if c is not None)
     by_data = {} if example_inputs is None else _by_data(model, norms, example_inputs, names)
-    owners = _owners(model)
-    parents = {child: m for m in model.modules() for child in m._modules.values()}
-    traces: dict[nn.Module, fx.Graph | None] = {}
+    callers = Callers(model)
     found: dict[nn.Module, Pair | str] = {}
     for place in places_of(model, norms):
         norm = place.module
@@ -86,15 +83,10 @@ def find_pairs(
             pair = by_data[norm]
         if pair is None and type(place.parent).forward in RUN_IN_TURN:
             # Unless the module above takes the parts one by one.
-            above = owners[parents.get(place.parent, place.parent)]
-            if above not in traces:
-                traces[above] = _trace(above)
-            if not _calls_parts(traces[above], above, place.parent):
-                pair = _in_turn(place, uses)
-            elif above is not place.parent:
-                pair = _by_trace(place, above, traces, names)
+            above = [c for c in callers.of(place.parent) if callers.calls_children(c, place.parent)]
+            pair = _by_trace(place, above[0], callers, names) if above else _in_turn(place, uses)
         if pair is None:
-            pair = _by_trace(place, owners[place.parent], traces, names)
+            pair = _by_trace(place, callers.owners[place.parent], callers, names)
         if pair is None:
             pair = _by_registration(place)
         if isinstance(pair, str) and isinstance(registered := _by_registration(place), Pair):
@@ -117,32 +109,12 @@ def _merged(first: Pair | str, second: Pair | str) -> Pair | str:
     return Pair(tuple(convs), first.certain and second.certain, exclusive)
 
 
-def _owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return {module: itself, or the nearest module above it that has a forward}."""
-    owners = {model: model}
-    for module in model.modules():
-        for child in module._modules.values():
-            if child is not None and child not in owners:
-                runs = type(child).forward is not nn.Module.forward
-                owners[child] = child if runs else owners[module]
-    return owners
-
-
 def _held_by_convolution(place: Place, uses: Counter) -> Pair | None:
     if not is_convolution(place.parent):
         return None
     if place.name != "norm" or type(place.parent) in _WITHOUT_NORM:
         return None  # its forward does not run the norm
     return Pair((place.parent,), True, uses[place.module] == 1)
-
-
-def _calls_parts(graph: fx.Graph | None, owner: nn.Module, parent: nn.Module) -> bool:
-    """Return True if the graph of `owner` calls children of `parent`, which lies below it."""
-    if graph is None or owner is parent:
-        return False
-    targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    children = set(parent.children())
-    return any(owner.get_submodule(target) in children for target in targets)
 
 
 def _in_turn(place: Place, uses: Counter) -> Pair | str | None:
@@ -177,34 +149,13 @@ def _wrong(before: nn.Module) -> str:
     )
 
 
-class _Tracer(fx.Tracer):
-    """Runs one forward symbolically; the modules that it calls are opaque."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _trace(owner: nn.Module) -> fx.Graph | None:
-    """Return the graph of a module's forward; None if it can't be traced."""
-    shell = copy.copy(owner)  # takes what the forward assigns
-    # Not by assignment, which a module of torch.compile passes on to the module that it wraps.
-    vars(shell)["_modules"] = dict(owner._modules)
-    try:
-        graph = _Tracer().trace(shell)
-    except Exception:  # whatever a forward raises that gets no tensors
-        return None
-    return graph
-
-
 def _by_trace(
     place: Place,
     owner: nn.Module,
-    traces: dict[nn.Module, fx.Graph | None],
+    callers: Callers,
     names: dict[nn.Module, str],
 ) -> Pair | str | None:
-    if owner not in traces:
-        traces[owner] = _trace(owner)
-    graph = traces[owner]
+    graph = callers.graph(owner)
     if graph is None:
         return None
 

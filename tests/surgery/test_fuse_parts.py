@@ -11,9 +11,12 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
+from torchvision.models import resnet18, vgg11_bn
+from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+from torchvision.models.segmentation import deeplabv3_resnet50
 
 from detectors import fused, randomized
-from mabn_d2 import fuse_relu, unfuse_relu
+from mabn_d2 import convert_mabn, fuse_relu, unfuse_relu
 from mabn_d2.layers import MABN2d
 
 
@@ -66,9 +69,53 @@ def test_heads_over_levels(kind):
         norm="MABN",
         **anchors,
     )
-    net, levels = fuse_relu(copy.deepcopy(plain)), [torch.randn(2, 8, n, n) for n in (8, 4, 2)]
+    net = fuse_relu(copy.deepcopy(nn.ModuleList([plain])))[0]
+    levels = [torch.randn(2, 8, n, n) for n in (8, 4, 2)]
     assert fused(net) == 4 * 3 and list(net.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(net(levels), plain(levels), rtol=0, atol=0)
+
+
+class Stages(nn.Module):
+    """An nn.Sequential, run as a whole or part by part, with or without keeping what a norm returns."""
+
+    def __init__(self, how, nested):
+        super().__init__()
+        parts = [nn.Conv2d(3, 4, 3), get_norm("MABN", 4), nn.ReLU()]
+        parts = [*parts, nn.Conv2d(4, 4, 3), get_norm("MABN", 4), nn.ReLU()]
+        self.parts = nn.Sequential(nn.Sequential(*parts)) if nested else nn.Sequential(*parts)
+        self.how, self.nested = how, nested
+
+    def forward(self, x):
+        if self.how == "whole":
+            return [self.parts(x)]
+        if self.how == "no trace" and x.mean() > 1e6:
+            return [x]
+        outputs = []
+        for i, part in enumerate(self.parts[0] if self.nested else self.parts):
+            x = part(x)
+            if i in (1, 4, 5):
+                outputs.append(x)
+        return outputs
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("how, count", [("whole", 2), ("kept", 0), ("no trace", 0)])
+def test_parts_of_a_sequence_that_are_kept(how, count, nested):
+    plain = randomized(Stages(how, nested))
+    net, x = nn.Sequential(fuse_relu(copy.deepcopy(plain))), torch.randn(2, 3, 8, 8)
+    assert fused(net) == fused(fuse_relu(nn.Sequential(copy.deepcopy(plain)))) == count
+    torch.testing.assert_close(net(x), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make, count", [
+    (lambda: maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None), 8),
+    (lambda: deeplabv3_resnet50(weights=None, weights_backbone=None), 6),
+    (vgg11_bn, 8),
+    (resnet18, 0),  # its blocks have one ReLU for two norms
+])  # fmt: skip
+def test_torchvision_models_are_fused(make, count):
+    with torch.device("meta"):
+        assert fused(fuse_relu(convert_mabn(make()))) == count
 
 
 def test_what_is_left_alone():

@@ -129,22 +129,25 @@ def test_input_of_a_block_is_another_modules_business():
     assert_folds(convert_mabn(net, images()), example_inputs=images())
 
 
-def test_parts_of_a_sequence_that_are_taken_one_by_one():
+@pytest.mark.parametrize("nested", [False, True])
+def test_parts_of_a_sequence_that_are_taken_one_by_one(nested):
     class Net(nn.Module):
         def __init__(self, between=None, skip=False):
             super().__init__()
             self.seq = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.seq = nn.Sequential(self.seq) if nested else self.seq
             self.between, self.skip = between or unchanged, skip
 
         def forward(self, x):
-            x = self.seq[0](x)
-            y = self.seq[1](self.between(x))
+            conv, norm = self.seq[0] if nested else self.seq
+            x = conv(x)
+            y = norm(self.between(x))
             return y + x if self.skip else y
 
     assert_folds(convert_mabn(Net()))
-    with pytest.raises(ValueError, match=r"seq.1: its input is not the output.*behind seq.0"):
+    with pytest.raises(ValueError, match=r"1: its input is not the output.*behind seq.*0"):
         convert_mabn(Net(torch.relu))
-    with pytest.raises(ValueError, match=r"seq.1: something else uses the output of seq.0"):
+    with pytest.raises(ValueError, match=r"1: something else uses the output of seq.*0"):
         fold_mabn(convert_mabn(Net(skip=True)), "conv")
 
 
