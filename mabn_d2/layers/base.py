@@ -81,6 +81,20 @@ class ConfigurableNorm(nn.Module):
     def _apply_settings(self) -> None:
         """Bring what depends on the settings up to date."""
 
+    def reset_running_stats(self) -> None:
+        """Reset all statistics."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Reset weight, bias and all statistics."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        shown = (f"{name}={getattr(self, name)}" for name in self.SETTINGS)
+        return ", ".join([str(self.num_features), *shown])
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.SETTINGS:
             self.configure(**{name: value})

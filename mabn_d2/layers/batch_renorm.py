@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .base import ConfigurableNorm, check_input, check_ranges
 
@@ -129,12 +128,6 @@ class BatchRenorm2d(ConfigurableNorm):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
-    def reset_parameters(self) -> None:
-        """Reset weight, bias and all statistics."""
-        self.reset_running_stats()
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x: (N, C, H, W) -> the same shape, dtype and memory format.
 
@@ -197,7 +190,3 @@ class BatchRenorm2d(ConfigurableNorm):
         # Missing where BatchNorm was folded or frozen: the schedule then goes on from here.
         state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked.clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        shown = (f"{name}={getattr(self, name)}" for name in self.SETTINGS)
-        return ", ".join([str(self.num_features), *shown])

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
 
 from . import functional
 from .base import ConfigurableNorm, check_input, check_ranges
@@ -47,8 +46,8 @@ class MABN2d(ConfigurableNorm):
     .. math::
         v &= E[x^2] \text{ while } t \le m \text{ or } t < T,
             \text{ else the mean of the last } m \text{ of them (SMAS)} \\
-        r &= 1 \text{ while } t \le \max(1000, T), \text{ else }
-            \mathrm{clamp}(\sqrt{v + \epsilon} / \sqrt{R + \epsilon}, 1/5, 5) \\
+        r &= 1 \text{ while } t \le \max(S, T), \text{ else }
+            \mathrm{clamp}(\sqrt{v + \epsilon} / \sqrt{R + \epsilon}, 1/L, L) \\
         y &= w\, r\, x / \sqrt{v + \epsilon} + b, \qquad R \leftarrow a R + (1 - a) v
             \text{ (EMAS)}
 
@@ -64,9 +63,9 @@ class MABN2d(ConfigurableNorm):
             group in the split form.
         simulated_batch_size: images that the window spans; m = simulated_batch_size / batch_size.
         warmup_iters: T, iterations that are normalized by their own statistics.
-        clip_start: r is 1 up to iteration max(clip_start, warmup_iters). The published 1000 is
+        clip_start: S, r is 1 up to iteration max(clip_start, warmup_iters). The published 1000 is
             for 90,000 iterations or more; short schedules need less.
-        clip_limit: r stays within [1 / clip_limit, clip_limit].
+        clip_limit: L, r stays within [1 / clip_limit, clip_limit].
         activation: None or "relu". A ReLU is computed in the same pass and saves no other tensor.
         split_batch: True makes a `SplitMABN2d`, for batches of SGD that are larger than a
             normalization batch; it is a subclass of this one.
@@ -274,12 +273,6 @@ class MABN2d(ConfigurableNorm):
         self.reset_windows()
         self.running_var.fill_(1)
 
-    def reset_parameters(self) -> None:
-        """Reset weight, bias and all statistics."""
-        self.reset_running_stats()
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x: (N, C, H, W) -> the same shape, dtype and memory format.
 
@@ -474,10 +467,8 @@ class MABN2d(ConfigurableNorm):
         )
 
     def extra_repr(self) -> str:
-        shown = [f"{name}={getattr(self, name)}" for name in self.SETTINGS]
-        if self.activation:
-            shown.append(f"activation={self.activation}")
-        return ", ".join([str(self.num_features), *shown])
+        shown = super().extra_repr()
+        return f"{shown}, activation={self.activation}" if self.activation else shown
 
 
 MABN2d.FORMS[False] = MABN2d
