@@ -86,7 +86,8 @@ def add_mabn_config(cfg: CN) -> None:
     # n: a process runs the images of one optimizer iteration as n micro-batches, one after another,
     # and averages their gradients. SOLVER.IMS_PER_BATCH stays the images of one optimizer iteration, so
     # a micro-batch has IMS_PER_BATCH / (processes * n) images. One process with n micro-batches sees
-    # the same images, and gets the same gradients, as n processes.
+    # the same images, and gets the same gradients, as n processes; but RetinaNet and FCOS divide their
+    # losses by a moving average, which moves with each micro-batch.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
 
     # "SGD" or "ADAMW", both with the settings of SOLVER (MOMENTUM and NESTEROV are SGD's).
