@@ -1,5 +1,6 @@
 """Errors that a user can correct are one line and exit status 1, in every tool and every process."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,10 @@ ONE_LINE: tuple[type[Exception], ...] = (
 )
 
 
+# What writing to a full disk, above a quota or above the largest size of a file raises.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def shows_traceback() -> bool:
     """Return whether the user has asked for tracebacks."""
     return os.environ.get("MABN_D2_TRACEBACK", "0") != "0"
@@ -46,17 +51,21 @@ def shows_traceback() -> bool:
 def one_line_errors(*others: type[Exception]) -> Iterator[None]:
     """Exit with the program's name and the message; with MABN_D2_TRACEBACK=1, raise as usual.
 
+    A full disk is such an error, whatever is written.
+
     Args:
         others: further exceptions that are a user's to correct.
     """
     try:
         yield
-    except (*ONE_LINE, *others) as error:
-        if shows_traceback():
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        if shows_traceback() or not (full or isinstance(error, (*ONE_LINE, *others))):
             raise
         if getattr(error, "said_elsewhere", False):  # by another process of this run
             sys.exit(1)
-        sys.exit(f"{Path(sys.argv[0]).name}: {name_commands(str(error))}")
+        message = f"can't write: {error}: free space; a training goes on with --resume"
+        sys.exit(f"{Path(sys.argv[0]).name}: {message if full else name_commands(str(error))}")
 
 
 def on_one_rank(function: Callable[[], Any]) -> None:

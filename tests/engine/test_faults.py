@@ -21,7 +21,7 @@ from mabn_d2.data import BadAnnotationError, mapper
 from mabn_d2.data.loader import build_test_loader, build_train_loader
 from mabn_d2.data.mapper import BadImageError
 from mabn_d2.engine import ConfigError, Trainer, check_config, check_data, guarded_trainer
-from mabn_d2.engine.errors import DivergedError
+from mabn_d2.engine.errors import DivergedError, one_line_errors
 from mabn_d2.layers import MABN2d
 from paths import ROOT
 
@@ -373,3 +373,21 @@ def test_disk_that_takes_no_more(digits_cfg, tmp_path):
     resumed = Trainer(digits_cfg)
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 1
+
+
+def test_disk_that_takes_no_metrics(digits_cfg, tmp_path, monkeypatch):
+    """What Detectron2 itself writes."""
+    digits_cfg.DATASETS.TEST, digits_cfg.SOLVER.MAX_ITER = (), 5
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/metrics.json").symlink_to("/dev/full")
+    with (
+        pytest.raises(SystemExit, match="can't write: .*No space left on device: free space; a tr"),
+        one_line_errors(),
+    ):
+        Trainer(digits_cfg).train()
+    monkeypatch.setenv("MABN_D2_TRACEBACK", "1")
+    with pytest.raises(OSError, match="No space left"), one_line_errors():
+        open("/dev/full", "w").write("x" * 10**6)
+    monkeypatch.delenv("MABN_D2_TRACEBACK")
+    with pytest.raises(FileNotFoundError), one_line_errors():  # may be a fault of the program
+        open(tmp_path / "no/such")
