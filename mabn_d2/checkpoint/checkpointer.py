@@ -147,9 +147,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._source, self.converted = str(path), []
         try:
             checkpoint = super().load(path, *args, **kwargs)
-        except CheckpointError:
-            raise
-        except (AssertionError, OSError, ValueError) as error:  # of a "?" and something unknown too
+        except (AssertionError, OSError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"can't read {path}: {text}; correct the path") from error
         self.loaded = checkpoint
@@ -166,7 +164,14 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):
-            return super()._load_file(filename)  # which calls _torch_load
+            try:
+                return super()._load_file(filename)  # which calls _torch_load
+            except CheckpointError:
+                raise
+            except ValueError as error:
+                raise CheckpointError(
+                    f'{self._source}: behind "?" only matching_heuristics=True is known: correct it'
+                ) from error
         # As Detectron2 does, but for the reading.
         data = self._torch_load(filename)
         if filename.endswith(".pyth"):
