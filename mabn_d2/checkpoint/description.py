@@ -1,4 +1,4 @@
-"""What a checkpoint says about its model: the config and the classes, in two small entries.
+"""What a checkpoint says about its model: the config, the classes and a digest of the images.
 
 Stock Detectron2 ignores them. They are plain text and lists, so that reading them runs no code.
 """
@@ -14,15 +14,18 @@ from detectron2.data import MetadataCatalog
 from ..config import add_mabn_config
 from .io import CheckpointError
 
-CONFIG, CLASSES = "config", "classes"  # keys of a checkpoint
+CONFIG, CLASSES, IMAGES = "config", "classes", "images"  # keys of a checkpoint
 
 
 def describe(cfg: CfgNode) -> dict[str, Any]:
     """Return the entries for a checkpoint of a model that `cfg` builds.
 
-    "config" is the config as YAML text; "classes" as `describe_classes` has them.
+    "config" is the config as YAML text; "classes" as `describe_classes` has them; "images", for a
+    labelled folder, a digest of their paths in it.
     """
-    return {CONFIG: cfg.dump(), **describe_classes(cfg.DATASETS.TRAIN)}
+    images = [MetadataCatalog.get(name).get("images") for name in cfg.DATASETS.TRAIN[:1]]
+    described = {IMAGES: images[0]} if cfg.DATASETS.FOLDER and images and images[0] else {}
+    return {CONFIG: cfg.dump(), **describe_classes(cfg.DATASETS.TRAIN), **described}
 
 
 def describe_classes(datasets: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..config_files import find_config_file
 from ..engine import Trainer, check_data, launch, one_line_errors, setup_config
 from ..engine.data_check import check_datasets
 from ..engine.log import share_log
-from ..engine.own_data import log_folder
+from ..engine.own_data import log_folder, warn_if_trained_on
 from ..engine.report import log_report
 
 
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> dict | None:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         record = checkpointer.record or record_of_config(checkpointer.loaded, train=False)
         warn_of_differences(record, cfg)
+        warn_if_trained_on(cfg, checkpointer.loaded)
         results = Trainer.test(cfg, model)
         # Now: Detectron2 takes the names of the classes from a file when it loads it.
         warn_of_other_classes(checkpointer.loaded, cfg.DATASETS.TEST)

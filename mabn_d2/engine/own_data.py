@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..checkpoint import CheckpointError, read_checkpoint, weights_file
-from ..checkpoint.description import class_names_of, classes_of, config_of
+from ..checkpoint.description import IMAGES, class_names_of, classes_of, config_of
 from ..data.errors import DataError
 from ..data.labelled_folder import (
     PreparedFolder,
@@ -21,7 +21,7 @@ from ..data.labelled_folder import (
     register_prepared,
     report,
 )
-from ..data.labelled_folder.layouts import WHOLE
+from ..data.labelled_folder.layouts import WHOLE, find_layout
 from ..data.labelled_folder.register import dataset_base
 from .errors import ConfigError
 from .resume import last_checkpoint
@@ -37,6 +37,8 @@ SET_BY_FOLDER = (
 )
 # Meta-architectures of Detectron2 that have boxes only.
 NO_MASKS = ("RetinaNet", "FCOS", "ProposalNetwork")
+
+_logger = logging.getLogger(__name__)
 
 _prepared_alone: list[tuple[tuple, PreparedFolder]] = []  # at most one
 
@@ -162,10 +164,10 @@ def use_folder_for(
 
     A new run from MODEL.WEIGHTS takes their order of the classes, if the names are the same.
 
-    If the checkpoint was trained on this folder, or DATASETS.TEST names it, an evaluation is of the images
-    that were held out, by the DATASETS.VAL_SHARE of that training. Otherwise it is of the folder's own
-    part to validate on, or of all images. Masks are evaluated if the checkpoint's model and the folder
-    have them.
+    If the checkpoint was trained on this folder, which may have been moved, or DATASETS.TEST names it, an
+    evaluation is of the images that were held out, by the DATASETS.VAL_SHARE of that training. Otherwise
+    it is of the folder's own part to validate on, or of all images. Masks are evaluated if the
+    checkpoint's model and the folder have them.
 
     Args:
         resume: the run goes on from the last checkpoint in OUTPUT_DIR, if there is one.
@@ -182,9 +184,9 @@ def use_folder_for(
     hold_out = train
     path = os.path.realpath(os.path.expanduser(cfg.DATASETS.FOLDER))
     trained_with = config_of(checkpoint)
-    folder = trained_with.DATASETS.FOLDER if trained_with else ""
-    trained_here = bool(folder and os.path.realpath(folder) == path)
-    if trained_with and trained_here:
+    trained_on = trained_with.DATASETS.FOLDER if trained_with else ""
+    trained_here = bool(trained_on) and _are_same(trained_on, path)
+    if trained_with and trained_on and (train or trained_here):
         _keep_share(cfg, trained_with.DATASETS.VAL_SHARE, given, file)
     if not train:
         hold_out = trained_here or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
@@ -194,7 +196,50 @@ def use_folder_for(
         if trained_with and not trained_with.MODEL.MASK_ON and "MODEL.MASK_ON" not in given:
             cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
     class_names = None if classes is None else [c["name"] for c in classes]
-    return use_folder(cfg, given, class_names, hold_out, alone)
+    folder = use_folder(cfg, given, class_names, hold_out, alone)
+    moved = not hold_out and folder.images == checkpoint.get(IMAGES)
+    if trained_with and moved and "DATASETS.TEST" not in given and _is_undivided(folder.parts):
+        _keep_share(cfg, trained_with.DATASETS.VAL_SHARE, given, file)
+        folder = use_folder(cfg, given, class_names, True, alone)
+    return folder
+
+
+def _are_same(path: str, other: str) -> bool:
+    """Return whether two labelled folders, or files, have the same annotation files."""
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    try:
+        first, second = (
+            {os.path.realpath(part.json_file) for part in find_layout(p).parts.values()}
+            for p in (path, other)
+        )
+    except (DataError, OSError):  # one is there no more, or can't be used
+        return False
+    return first == second
+
+
+def _is_undivided(parts: Collection[str]) -> bool:
+    """Return whether a training on these parts of a folder would hold images out."""
+    return not {"val", "test"} & set(parts)
+
+
+def warn_if_trained_on(cfg: CfgNode, checkpoint: dict[str, Any]) -> None:
+    """Warn of an evaluation of all images of a folder, which the weights may be trained on.
+
+    Args:
+        cfg: of the evaluation.
+        checkpoint: that the weights come from.
+    """
+    trained_with = config_of(checkpoint)
+    path = cfg.DATASETS.FOLDER
+    base = dataset_base(path) if path else ""
+    to_train = {f"{base}_{part}" for part in (WHOLE, "train")} & set(cfg.DATASETS.TEST)
+    if trained_with and trained_with.DATASETS.FOLDER and to_train:
+        _logger.warning(
+            f"all images of {path} are evaluated, and the weights were trained on images of "
+            f"{trained_with.DATASETS.FOLDER}: the AP is too high if some are the same (then add "
+            f"DATASETS.TEST \"('{base}_val',)\", those that a training holds out)"
+        )
 
 
 def _use_in_order_of_weights(cfg: CfgNode, given: Collection[str], alone: bool) -> PreparedFolder:

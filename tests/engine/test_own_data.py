@@ -19,7 +19,7 @@ from mabn_d2.commands.train_net import run
 from mabn_d2.data.coco_check import BadAnnotationError
 from mabn_d2.data.labelled_folder import prepare_folder
 from mabn_d2.engine import ConfigError, Trainer, check_data, read_config, setup_config, use_folder
-from mabn_d2.engine.own_data import log_folder
+from mabn_d2.engine.own_data import log_folder, warn_if_trained_on
 from paths import ROOT
 
 
@@ -224,17 +224,24 @@ def evaluated(tmp_path, weights, folder, *more):
     return cfg, DatasetCatalog.get(cfg.DATASETS.TEST[0])
 
 
-def test_evaluation_on_the_folder_of_the_training(exports, trained, tmp_path):
-    """It is of the images that were held out; on another folder without parts, of all."""
+def test_evaluation_on_the_folder_of_the_training(exports, trained, tmp_path, caplog):
+    """It is of the images that were held out, wherever the folder is now; of another folder, of all."""
     training = setup_config(args(tmp_path, "OUTPUT_DIR", tmp_path / "new", data=exports("json")))
     held_out = DatasetCatalog.get(training.DATASETS.TEST[0])
+    ids = [r["image_id"] for r in held_out]
     assert evaluated(tmp_path, trained, exports("json"))[1] == held_out
     copy = shutil.copytree(exports("json"), tmp_path / "moved" / "json_polygons")
-    _, records = evaluated(tmp_path, trained, copy)
+    for same in (exports("json") / "labels.json", copy, copy / "labels.json"):
+        assert [r["image_id"] for r in evaluated(tmp_path, trained, same)[1]] == ids, same
+    # With another image it is another folder, unless DATASETS.TEST asks for what was held out.
+    edit(copy / "labels.json", lambda c: c["images"][0].update(file_name="new.jpg"))
+    (copy / "0.jpg").rename(copy / "new.jpg")
+    cfg, records = evaluated(tmp_path, trained, copy)
     assert len(records) == 8
-    # DATASETS.TEST may ask for what was held out.
+    warn_if_trained_on(cfg, read_checkpoint(trained))
+    assert f"trained on images of {exports('json')}" in caplog.text
     _, records = evaluated(tmp_path, trained, copy, "DATASETS.TEST", f"('{names_val(copy)}',)")
-    assert [r["image_id"] for r in records] == [r["image_id"] for r in held_out]
+    assert {*ids, 1} >= {r["image_id"] for r in records}
 
 
 def test_share_of_the_training_is_kept(exports, tmp_path):
@@ -252,6 +259,10 @@ def test_share_of_the_training_is_kept(exports, tmp_path):
     assert evaluated(tmp_path, weights, folder, *half)[1] == held_out
     with pytest.raises(ConfigError, match=r"VAL_SHARE is 0.3, but .* was trained with 0.6"):
         setup_config(args(tmp_path, "--resume", "DATASETS.VAL_SHARE", 0.3, data=folder))
+    moved = shutil.copytree(folder, tmp_path / "moved" / folder.name)
+    for flags in (["--resume"], ["--eval-only", "MODEL.WEIGHTS", weights]):
+        cfg = setup_config(args(tmp_path, *flags, data=moved))
+        assert len(DatasetCatalog.get(cfg.DATASETS.TEST[0])) == len(held_out)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -303,7 +314,7 @@ def test_evaluation_orders_classes_as_the_checkpoint_does(exports, trained, tmp_
     for annotation in content["annotations"]:
         annotation["category_id"] = 50 - annotation["category_id"]
     (folder / "labels.json").write_text(json.dumps(content))
-    cfg, records = evaluated(tmp_path, trained, folder)
+    cfg, records = evaluated(tmp_path, trained, folder, "DATASETS.TEST", "('other_all',)")
     assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == NAMES
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
     found = [NAMES[a["category_id"]] for r in records for a in r["annotations"]]
@@ -375,14 +386,14 @@ def test_evaluation_of_a_registered_set_of_other_classes(exports, trained, tmp_p
     file = folder / "annotations/instances_val2017.json"
     edit(file, lambda c: [entry.update(id=11 - entry["id"]) for entry in c["categories"]])
     edit(file, lambda c: [a.update(category_id=11 - a["category_id"]) for a in c["annotations"]])
-    register_coco_instances("reversed_val", {}, str(file), str(folder / "val2017"))
+    register_coco_instances("val_of_other_classes", {}, str(file), str(folder / "val2017"))
     try:
-        config = SMALL_CONFIG + 'DATASETS: {TRAIN: [], TEST: ["reversed_val"]}'
+        config = SMALL_CONFIG + 'DATASETS: {TRAIN: [], TEST: ["val_of_other_classes"]}'
         run(args(tmp_path, "--eval-only", "MODEL.WEIGHTS", trained, config=config))
     finally:
-        DatasetCatalog.remove("reversed_val")
-        MetadataCatalog.remove("reversed_val")
-    assert "reversed_val has the 10 classes (neun, acht, " in caplog.text
+        DatasetCatalog.remove("val_of_other_classes")
+        MetadataCatalog.remove("val_of_other_classes")
+    assert "val_of_other_classes has the 10 classes (neun, acht, " in caplog.text
 
 
 def test_trainer_reads_the_folder_itself(exports, digits_cfg):

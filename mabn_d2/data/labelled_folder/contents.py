@@ -38,6 +38,7 @@ class LabelledFolder(NamedTuple):
     parts: dict[str, Contents]  # "train", "val", "test"; "all" if it is not divided
     held_out: bool  # whether "val" was taken from the images to train on
     notes: list[str]  # what was left out or is doubtful, one line each
+    images: str  # digest of the paths of all images in the folder, which it keeps when it is moved
 
 
 def read_folder(
@@ -70,13 +71,20 @@ def read_folder(
         key: _with_images(layout, key, content, key in changed, notes)
         for key, content in coco.items()
     }
+    digest = hashlib.sha256()
+    for name in sorted(
+        unicodedata.normalize("NFC", _path_in_folder(part, image, layout.folder))
+        for part in parts.values()
+        for image in part.coco["images"]
+    ):
+        digest.update(name.encode(errors="surrogatepass") + b"\0")
     held_out = False
     if val_share is not None and "val" not in parts:
         held_out = True
         whole = parts.pop("train" if "train" in parts else WHOLE)
         train, val = _split(whole, val_share, layout.folder)
         parts = {"train": train, "val": val, **parts}
-    return LabelledFolder(layout, categories, parts, held_out, notes)
+    return LabelledFolder(layout, categories, parts, held_out, notes, digest.hexdigest())
 
 
 def read_coco(json_file: str | Path, parse: Callable[[Path], Any] = parse_file) -> dict[str, Any]:
@@ -213,6 +221,11 @@ def _refuse_shared(json_file: Path, images: Iterable[tuple[dict[str, Any], str]]
             )
 
 
+def _path_in_folder(contents: Contents, image: dict[str, Any], folder: Path) -> str:
+    path = os.path.join(contents.image_root, image["file_name"])
+    return os.path.relpath(path, folder).replace("\\", "/")
+
+
 def _split(contents: Contents, share: float, folder: Path) -> list[Contents]:
     """Return (train, val): images whose hash is below `share` validate, at least one of either.
 
@@ -229,10 +242,7 @@ def _split(contents: Contents, share: float, folder: Path) -> list[Contents]:
                 "unique"
             )
     hashes = {
-        id(image): image_hash(
-            os.path.relpath(os.path.join(contents.image_root, image["file_name"]), folder)
-        )
-        for image in coco["images"]
+        id(image): image_hash(_path_in_folder(contents, image, folder)) for image in coco["images"]
     }
     labelled = {str(annotation.get("image_id")) for annotation in coco["annotations"]}
     with_objects = sorted(

@@ -37,6 +37,7 @@ class PreparedFolder(NamedTuple):
     parts: dict[str, PreparedPart]  # "train", "val", "test"; "all" if it is not divided
     held_out: bool
     notes: list[str]
+    images: str  # digest of the paths of all images in the folder
 
     @property
     def class_names(self) -> list[str]:
@@ -71,7 +72,13 @@ def prepare_folder(
     }
     classes = {c["id"]: c["name"] for c in folder.categories}
     return PreparedFolder(
-        os.fspath(path), folder.layout.name, classes, parts, folder.held_out, folder.notes
+        os.fspath(path),
+        folder.layout.name,
+        classes,
+        parts,
+        folder.held_out,
+        folder.notes,
+        folder.images,
     )
 
 
@@ -112,6 +119,7 @@ def _register(name: str, folder: PreparedFolder, part: PreparedPart) -> None:
         evaluator_type="coco",
         folder=str(Path(folder.path).resolve()),
         source_file=part.source_file,
+        images=folder.images,
         thing_classes=folder.class_names,
         thing_dataset_id_to_contiguous_id={id: i for i, id in enumerate(folder.classes)},
     )
