@@ -17,6 +17,7 @@ EPS = 1e-5  # of MABN2d, torch's and Detectron2's BatchNorm alike
 # What training programs keep a state dict under, in the order of preference.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "ema_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+_AVERAGED = "n_averaged"  # what torch's AveragedModel has beside the entries of `module.`
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +44,10 @@ def unwrap(checkpoint: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
     if key:
         beside = [str(name) for name in checkpoint if name != key]
         checkpoint = checkpoint[key]
-    return tensors(checkpoint), beside
+    state = tensors(checkpoint)
+    if _AVERAGED in checkpoint and _AVERAGED not in state:
+        beside.append(_AVERAGED)
+    return state, beside
 
 
 def wrapper(checkpoint: Mapping[str, Any]) -> str | None:
@@ -71,7 +75,10 @@ def tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         what = f"entries that are no tensors: {listed(wrong)}" if wrong else "no entries"
         raise CheckpointError(f"the state dict has {what}; it must be a model's state_dict()")
     for prefix in _PREFIXES * 2:  # either may be outside
-        while all(name.startswith(prefix) for name in result):
+        while result.keys() - {_AVERAGED} and all(
+            name.startswith(prefix) for name in result if name != _AVERAGED
+        ):
+            result.pop(_AVERAGED, None)
             result = {name.removeprefix(prefix): value for name, value in result.items()}
     return result
 

@@ -14,8 +14,21 @@ WINDOWS = add_windows(PLAIN, "detection") | add_windows(PLAIN, "classification")
 EXTRA = sorted(WINDOWS.keys() - PLAIN.keys()) + ["fc.weight", "fc.bias"]
 NEEDED = sorted(PLAIN.keys() - {"fc.weight", "fc.bias"})
 EXPECTED = convert_imagenet(PLAIN)["model"]
+
+
+def averaged(state):
+    """The entries of torch.optim.swa_utils.AveragedModel."""
+    return {"n_averaged": torch.tensor(3)} | {f"module.{name}": v for name, v in state.items()}
+
+
 wrapping = st.sampled_from(
-    [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 1}]
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"state_dict": s, "epoch": 1},
+        averaged,
+        lambda s: {"model_ema": {f"module.{name}": v for name, v in averaged(s).items()}},
+    ]
 )
 many = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -29,7 +42,7 @@ def test_extras_prefixes_and_order_make_no_difference(extra, prefixes, wrap, ran
     assert checkpoint["model"].keys() == EXPECTED.keys()
     assert all(torch.equal(value, EXPECTED[name]) for name, value in checkpoint["model"].items())
     dropped = {name for names in checkpoint["mabn_d2"]["dropped"].values() for name in names}
-    assert len(dropped - {"epoch"}) == len(extra)
+    assert len(dropped - {"epoch", "n_averaged"}) == len(extra)
 
 
 @many
