@@ -243,8 +243,14 @@ def check_output(
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"the output {path} must end in {' or '.join(SUFFIXES)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise CheckpointError(f"the output {path} must be a file in a folder that exists")
+    if path.is_dir():
+        raise CheckpointError(f"the output {path} is a folder: name a file")
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"the output {path} can't be written ({error}): name another file"
+        ) from error
     if path.exists():
         if source is not None and path.samefile(source):
             raise CheckpointError(f"the output {path} is the input: name another file")

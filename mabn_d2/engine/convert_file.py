@@ -37,6 +37,7 @@ def convert_file(args: Namespace) -> None:
     checkpoint = read_checkpoint(args.input)
     progress(f"read {args.input}, {args.input.stat().st_size / 1e6:.1f} MB")
     checkpoint = (fold if args.command == "fold" else convert)(args, checkpoint)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(checkpoint, args.output)
     size, seconds = args.output.stat().st_size / 1e6, time.perf_counter() - start
     progress(f"wrote {args.output}, {size:.1f} MB, {seconds:.1f} s after the start")

@@ -188,6 +188,16 @@ def warn_if_random_and_frozen(model: nn.Module, weights: str, key: str, remedy: 
         )
 
 
+def warn_if_random(cfg: CfgNode) -> None:
+    """Warn if a run on a labelled folder, which mostly has few images, starts from random weights."""
+    if cfg.DATASETS.FOLDER and not cfg.MODEL.WEIGHTS:
+        _logger.warning(
+            "MODEL.WEIGHTS is '', so the run starts from random weights, which need many more images: "
+            "docs/weights.md says how to get those of the MABN authors "
+            "(https://github.com/megvii-model/MABN) or of torchvision"
+        )
+
+
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
     """Return the names of the parameters of each group of an optimizer."""
     names = {id(param): name for name, param in model.named_parameters()}

@@ -59,6 +59,7 @@ from .resume import (
     follow_schedule,
     log_changes,
     warn_if_finished,
+    warn_if_random,
     warn_if_random_and_frozen,
 )
 from .schedule import finalize_schedule, log_schedule, scale_to_processes
@@ -148,6 +149,7 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume)
         warn_of_other_classes(self.checkpointer.loaded, self.cfg.DATASETS.TRAIN[:1])
         if not (resume and self.checkpointer.has_checkpoint()):
+            warn_if_random(self.cfg)
             warn_if_random_and_frozen(
                 self._bare_model(),
                 self.cfg.MODEL.WEIGHTS,

@@ -1,6 +1,8 @@
 """--data FOLDER: what is set, what contradicts, and that a run's config.yaml repeats it."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
+from torchvision.models import resnet50
 
 from commands import SMALL_CONFIG
 from exports import NAMES, edit, write_export
-from mabn_d2.checkpoint import read_checkpoint
+from mabn_d2.checkpoint import differences, read_checkpoint
 from mabn_d2.checkpoint.description import classes_of, config_of
+from mabn_d2.commands.convert_weights import main as convert_weights
 from mabn_d2.commands.train_net import run
 from mabn_d2.data.coco_check import BadAnnotationError
 from mabn_d2.data.labelled_folder import prepare_folder
@@ -396,6 +400,20 @@ def test_evaluation_of_a_registered_set_of_other_classes(exports, trained, tmp_p
     assert "val_of_other_classes has the 10 classes (neun, acht, " in caplog.text
 
 
+def test_torchvision_weights_as_the_docs_say(exports, tmp_path):
+    """The lines in docs/weights.md: the weights fit, and no recorded key differs."""
+    torch.save(resnet50().state_dict(), tmp_path / "R50.pth")
+    weights = tmp_path / "weights" / "R50.pth"
+    convert_weights(["imagenet", str(tmp_path / "R50.pth"), str(weights)])
+    text = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
+    keys = re.search(r"MODEL.WEIGHTS weights/R50-torchvision.pth(.*?)\n\n", text, re.DOTALL)[1]
+    keys = shlex.split(keys.replace("\\\n", ""))
+    keys += ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64]
+    keys += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "MODEL.WEIGHTS", weights]
+    cfg = setup_config(args(tmp_path, *keys, data=exports("json")))
+    assert differences(read_checkpoint(weights)["mabn_d2"], cfg) == []
+
+
 def test_trainer_reads_the_folder_itself(exports, digits_cfg):
     """In a script that only sets the key, or that takes the config of a run of another process."""
     digits_cfg.DATASETS.FOLDER = str(exports("cvat", "rle"))
@@ -422,7 +440,7 @@ def test_faults_name_the_file_of_the_user(exports, tmp_path, annotation):
         check_data(cfg)
 
 
-def test_script_of_ones_own(exports, tmp_path, monkeypatch):
+def test_script_of_ones_own(exports, tmp_path, monkeypatch, caplog):
     """The lines in docs/custom-data.md, with a smaller model; the config is found in any folder."""
     monkeypatch.chdir(tmp_path)
     own = read_config("configs/own_data_mask_rcnn_R50_FPN_mabn.yaml")
@@ -442,5 +460,6 @@ def test_script_of_ones_own(exports, tmp_path, monkeypatch):
             Trainer(on_gpu)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
+    assert caplog.text.count("the run starts from random weights") == 1
     trainer.train()
     assert trainer._last_eval_results["bbox"]
