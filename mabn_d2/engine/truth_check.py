@@ -11,9 +11,11 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from PIL import Image
 
 from ..data.coco_parsing import local_path, read_json
 from ..data.errors import DataError
+from ..data.semantic_labels import LOOKED_AT
 
 
 def check_truth(cfg: CfgNode) -> None:
@@ -27,7 +29,7 @@ def check_truth(cfg: CfgNode) -> None:
         find_problems = CHECKS.get(metadata.get("evaluator_type"))
         try:
             problem = next(find_problems(metadata), None) if find_problems else None
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, OSError) as error:
             problem = f"its files or its metadata lack something ({type(error).__name__}: {error})"
         if problem:
             raise DataError(f"DATASETS.TEST names {name!r}, which can't be evaluated: {problem}")
@@ -101,6 +103,14 @@ def _panoptic(metadata: Metadata) -> Iterator[str]:
                 )
                 return
             counts[is_thing[category]] += not segment.get("iscrowd", 0)
+    for annotation in content["annotations"][:LOOKED_AT]:
+        picture = os.path.join(folder, annotation["file_name"])
+        with Image.open(picture) as image:
+            if len(image.getbands()) < 3:
+                yield (
+                    f"{picture} has mode {image.mode}, and the id of a segment is red + 256 green + 65536 "
+                    "blue: save it as RGB"
+                )
     images = {image["id"] for image in read_json(metadata.json_file)["images"]}
     for annotation in content["annotations"]:
         if annotation["image_id"] not in images:

@@ -369,6 +369,18 @@ def test_files_that_an_evaluator_would_fail_on(name, cfg, tmp_path):
         assert "\n" not in str(error.value) and not Path(cfg.OUTPUT_DIR).exists()
 
 
+def test_panoptic_pictures_that_are_not_rgb(cfg, tmp_path):
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    with other_datasets.panoptic(tmp_path) as names:
+        file = tmp_path / "panoptic_val/1.png"
+        Image.open(file).quantize().save(file)
+        with pytest.raises(DataError, match="panoptic_val/1.png has mode P, .* save it as RGB"):
+            check_data(use(cfg, names["separated"]))
+        file.write_bytes(b"no picture")
+        with pytest.raises(DataError, match="can't be evaluated: .*panoptic_val/1.png"):
+            check_data(cfg)
+
+
 @pytest.mark.cityscapes
 @pytest.mark.parametrize("ending", ["instanceIds", "labelIds"])
 def test_cityscapes_without_pictures_of_ids(ending, cfg, tmp_path):
