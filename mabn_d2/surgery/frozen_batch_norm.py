@@ -30,8 +30,22 @@ class FrozenActMixin(nn.Module):
         return self.act(self.drop(x))
 
 
+class FrozenMixedBatchNorm2d(FrozenBatchNorm2d):
+    """torchvision's FrozenBatchNorm2d, whose output has the dtype of its input.
+
+    In a model in half precision the statistics stay in float32; torchvision's forward would return
+    float32 there, which the next convolution refuses.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x: (N, C, H, W) -> the same shape."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
 class FrozenBatchNormAct2d(FrozenActMixin, FrozenBatchNorm2d):
     """torchvision's FrozenBatchNorm2d, dropout and activation."""
 
 
-KINDS: tuple[type[nn.Module], type[nn.Module]] = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+KINDS: tuple[type[nn.Module], type[nn.Module]] = (FrozenMixedBatchNorm2d, FrozenBatchNormAct2d)
