@@ -104,19 +104,16 @@ ARCHITECTURES = {
 KNOWN = {name for names in ARCHITECTURES.values() for name in names}
 
 
-def _package(kind: str) -> str | None:
-    """Return the package that the evaluators of a type need."""
-    names = CityscapesInstanceEvaluator.process.__code__.co_names
-    if kind.startswith("cityscapes") and any(name.startswith(INTERNAL) for name in names):
-        return INTERNAL
-    return next((PACKAGES[known] for known in EVALUATORS[kind] if known in PACKAGES), None)
-
-
-def missing_package(evaluator: Any) -> str | None:
-    """Return the package that a class of evaluators needs, if it is not installed; else None."""
-    for known, package in PACKAGES.items():
-        if isinstance(evaluator, type) and issubclass(evaluator, known):
-            return package if importlib.util.find_spec(package) is None else None
+def missing_package(*evaluators: Any) -> str | None:
+    """Return the first package that classes of evaluators need and that is not installed, or None."""
+    for evaluator in evaluators:
+        for known, package in PACKAGES.items():
+            if isinstance(evaluator, type) and issubclass(evaluator, known):
+                code = getattr(getattr(evaluator, "process", None), "__code__", None)
+                if code and any(name.startswith(INTERNAL) for name in code.co_names):
+                    package = INTERNAL
+                if importlib.util.find_spec(package) is None:
+                    return package
     return None
 
 
@@ -142,8 +139,7 @@ def check_evaluators(cfg: CfgNode) -> None:
             )
         # A package is of no use to a model that does not fit.
         _check_outputs(cfg, name, kind)
-        package = _package(kind)
-        if package and importlib.util.find_spec(package) is None:
+        if package := missing_package(*EVALUATORS[kind]):
             raise ConfigError(
                 f"DATASETS.TEST names {name!r}, whose evaluator needs the package {package}: "
                 f"{remedy(package)}, or set DATASETS.TEST ()"

@@ -42,8 +42,8 @@ def fold_mabn(model: nn.Module, into: str = "frozen_bn", example_inputs: Any = N
         into: What MABN becomes.
 
             - "frozen_bn": a FrozenBatchNorm2d in its place (Detectron2's class, or one derived from
-              torchvision's if Detectron2 is not installed). Outputs stay the same bit for bit if the eps of MABN is
-              that of the stock layer, otherwise up to rounding.
+              torchvision's if Detectron2 is not installed). Outputs stay the same bit for bit if
+              the eps of MABN is that of the stock layer, otherwise up to rounding.
             - "batch_norm": a BatchNorm2d with the mean 0, or timm's BatchNormAct2d if it was
               converted from one. A stock model of torchvision, timm or
               segmentation_models_pytorch loads the state dict strictly:

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.evaluation import CityscapesSemSegEvaluator
 from test_lazy import USERS
 
 from mabn_d2 import CheckpointError
@@ -155,6 +156,22 @@ def test_missing_packages(config, monkeypatch):
                 ConfigError, match=f"needs the package {package}: install it with pip"
             ):
                 check(arguments(config))
+
+
+def test_a_package_that_only_meta_has(config, monkeypatch):
+    """Versions of Detectron2 from 2026 import it for Cityscapes."""
+
+    def process(self, inputs, outputs):
+        import deeplearning.projects.cityscapesApi  # noqa: F401
+
+    monkeypatch.setattr(CityscapesSemSegEvaluator, "process", process)
+    config.write_text(
+        f"{config.read_text()}\nfrom detectron2.config import LazyCall as L\n"
+        "from detectron2.evaluation import CityscapesSemSegEvaluator\n"
+        "dataloader.evaluator = L(CityscapesSemSegEvaluator)(dataset_name='x')\n"
+    )
+    with pytest.raises(ConfigError, match="needs the package deeplearning: only Meta has it; use"):
+        check(arguments(config))
 
 
 def test_missing_file_and_evaluation_without_weights(config, tmp_path):
