@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..command_names import name_commands
 from ..engine import one_line_errors, read_config
+from ..engine.predict_files import find_images
 from ..export import FORMATS, export_checkpoint
 from .predict import add_model_arguments, check_threshold
 
@@ -34,7 +35,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="pixels of the image to trace with; default: by INPUT.MIN_SIZE_TEST",
     )
     parser.add_argument(
-        "--images", nargs="+", default=[], metavar="FILE", help="compare on these images too"
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="compare on these images too: files, folders, or patterns in quotes",
     )
     add_model_arguments(parser, threshold=0.05)
     return parser.parse_args(arguments)
@@ -46,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     setup_logger(name="mabn_d2")
     check_threshold(args.threshold)
+    images = find_images(args.images)
     print(f"exporting {args.checkpoint} as {args.format}: this takes about a minute", flush=True)
     said = export_checkpoint(
         args.checkpoint,
         args.format,
         args.output,
         args.image_size and tuple(args.image_size),
-        args.images,
+        images,
         args.threshold,
         read_config(args.config_file) if args.config_file else None,
     )

@@ -41,14 +41,17 @@ class Predicted(NamedTuple):
     skipped: list[str]  # one line for each image that can't be read
 
 
-def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
+def find_images(inputs: Iterable[str], output: Path | None = None) -> list[Path]:
     """Return the image files of files, folders (searched to the bottom) and globs, each once.
 
+    Args:
+        inputs: as on a command line.
+        output: where predictions are written, which are no input of the next call; None: nowhere.
     Raises:
         ConfigError: if there are none for one of the inputs, if one lies where pictures are written, or
             if `output` can't be written to.
     """
-    found, output = [], output.resolve()
+    found, output = [], output and output.resolve()
     for name in inputs:
         path = Path(name)
         matches = [path] if path.exists() else [Path(p) for p in glob.glob(name, recursive=True)]
@@ -77,6 +80,8 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
             _logger.warning(f"left out: {left_out}")
         found += files
     files = list({file.resolve(): file for file in found}.values())
+    if output is None:
+        return files
     pictures = output / PICTURES
     for folder in (output, pictures):
         try:

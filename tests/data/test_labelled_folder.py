@@ -283,7 +283,7 @@ UNKNOWN = [
                 (f / "images/_annotations.coco.json").unlink()], "export the labels as COCO JSON$"),
     (lambda f: [shutil.rmtree(f / p) for p in ("train", "valid")] + [(f / "Annotations").mkdir(),
                 (f / "Annotations/1.xml").touch()], r"\(Annotations/1.xml is Pascal VOC"),
-    (shutil.rmtree, "does not exist"),
+    (shutil.rmtree, r"does not exist: .* \(--data FOLDER, .* DATASETS.FOLDER"),
     (lambda f: [shutil.rmtree(f), f.write_text("")], "unpack an archive"),
     (lambda f: (f / "train/_annotations.coco.json").write_text("[1"), "can't be read as JSON"),
     (lambda f: (f / "train/_annotations.coco.json").write_text("[]"), "no list 'images'"),

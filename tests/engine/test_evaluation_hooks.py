@@ -119,10 +119,11 @@ def test_only_losses_are_better_if_lower(tmp_path, metric, lower):
     assert hook.lower_is_better is lower
 
 
-def test_nothing_finite_is_no_best(cfg):
+def test_nothing_finite_is_no_best(cfg, caplog):
     cfg.SOLVER.MAX_ITER = 2
     told(cfg, np.nan, np.nan).train()
     assert not Path(cfg.OUTPUT_DIR, "model_best.pth").exists()
+    assert "segm/AP nan, none is the best so far" in caplog.text
 
 
 def test_lower_losses_are_better(cfg):

@@ -209,6 +209,8 @@ def test_one_line_errors(tmp_path, monkeypatch):
     arguments = ("--checkpoint", path, "--format", "onnx", "--output", output)
     line = exit_line(monkeypatch, "export_model.py", *arguments)
     assert "holds no config" in line and "--config-file" in line
+    line = exit_line(monkeypatch, "export_model.py", *arguments, "--images", tmp_path / "*.jpg")
+    assert "*.jpg' is no image, no folder with images" in line
     assert not output.parent.exists()
     with pytest.raises(ExportError, match="use Faster R-CNN, Mask R-CNN or RetinaNet"):
         export_detector(torch.nn.Conv2d(3, 3, 1), "onnx", output, [torch.rand(3, 32, 32)])

@@ -216,6 +216,8 @@ def test_inputs(checkpoint, photos, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="'nothing' is no image"):
         predict(checkpoint, tmp_path / "none", "nothing")
     assert not (tmp_path / "none").exists()
+    found = find_images([str(photos), "**/*.png"])  # as export_model.py does, which writes none
+    assert (photos / "a/photo.png").resolve() in {path.resolve() for path in found}
 
 
 def test_thin_image_is_left_out(checkpoint, photos, tmp_path, capsys):

@@ -161,8 +161,8 @@ def _order(
             elif class_names is not None:
                 raise BadAnnotationError(
                     f"{files[key]} has objects of the class {name!r}, which the checkpoint does not "
-                    f"know; its classes are {', '.join(class_names)}: rename the class, or train "
-                    "with this folder"
+                    f"know; its classes are {', '.join(class_names)}: rename the class, or start a "
+                    "new run on this folder, with MODEL.WEIGHTS the checkpoint"
                 )
             else:
                 order.append(name)

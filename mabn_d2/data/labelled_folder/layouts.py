@@ -75,7 +75,8 @@ def find_layout(path: str | Path, parse: Callable[[Path], Any] = parse_file) -> 
         return Layout("JSON", folder, {WHOLE: Part(path, _image_roots(path, folder, None))})
     if not path.is_dir():
         raise BadAnnotationError(
-            f"{path} does not exist: name the folder that the labelling tool wrote"
+            f"{path} does not exist: name the folder that the labelling tool wrote (--data FOLDER, "
+            "which replaces DATASETS.FOLDER of a config file)"
         )
 
     found = {

@@ -136,9 +136,12 @@ class BestCheckpoint(HookBase):
             if comm.is_main_process():
                 self.checkpointer.save(NAME, tag=False, iteration=done - 1)
         else:
-            logger.info(
-                f"{metric} {value:.3f}, best {best} after {self.best.iterations} iterations"
+            so_far = (
+                "none is the best so far"
+                if best is None
+                else f"best {best:.3f} after {self.best.iterations} iterations"
             )
+            logger.info(f"{metric} {value:.3f}, {so_far}")
         if comm.is_main_process():  # after the checkpoint that it describes
             with atomic_file(self.file) as file:
                 file.write(json.dumps(self.best._asdict()).encode())
