@@ -324,8 +324,10 @@ class MABN2d(ConfigurableNorm):
         times, it is one that was counted, unless checkpointing is reentrant, of these the one that
         was repeated least often, of these the newest, because a backward runs through the forwards
         in reverse. A forward without gradients was not counted, such as the first one of reentrant
-        checkpointing: it is now.
+        checkpointing: it is now, once, unless this one has no gradients either, as inside of
+        another checkpoint.
         """
+        with_gradients = torch.is_grad_enabled()
         with torch.no_grad():
             x2 = mean_square(backend, x, self._group_size)
             records = {i: Statistics(*record) for i, record in enumerate(self._records)}
@@ -346,16 +348,17 @@ class MABN2d(ConfigurableNorm):
             nearest = torch.where(distance == distance.min(), order, torch.inf).argmin(
                 0, keepdim=True
             )
+            first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
+            new = ~first.counted & (times.index_select(0, nearest) == 0) & with_gradients
             for i, repeated in zip(
-                records, times.index_add(0, nearest, never + 1).split(1), strict=True
+                records, times.index_add(0, nearest, never + with_gradients).split(1), strict=True
             ):
                 self._repetitions[i] = repeated
-            first = Statistics(*(field.index_select(0, nearest)[0] for field in stacked))
-            new, finite = ~first.counted, functional.is_finite(x2.flatten())
+            finite = functional.is_finite(x2.flatten())
             state = self.buffer_x2, self.running_var, self.iters
             _, _, slot, _ = torch_ops.advance(x2, finite & new, *state, *self._schedule, True)
             self.rejected.add_(~finite & new)
-            slot = torch.where(first.counted, first.slot, slot)
+            slot = torch.where(new, slot, first.slot)
         return backend.mabn_given(
             x,
             self.weight,

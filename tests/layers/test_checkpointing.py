@@ -204,3 +204,24 @@ def test_the_same_input_without_gradients(operators, split_batch, use_reentrant,
             assert_close(a.grad, b.grad, torch.float32, factor=10)
         for a, b in zip(net.buffers(), plain.buffers(), strict=True):
             assert_close(a, b, torch.float32 if a.is_floating_point() else torch.float64)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_nested(outer, inner):
+    """The inner checkpoint repeats what the outer one repeats."""
+    net = make_net("cpu")
+    plain = copy.deepcopy(net)
+
+    def run(x):
+        return checkpoint(lambda x: checkpoint(net, x, use_reentrant=inner), x, use_reentrant=outer)
+
+    for _ in range(8):
+        x = torch.randn(2, 3, 9, 8, dtype=torch.double, requires_grad=True)
+        for model, forward in ((plain, plain), (net, run)):
+            model.zero_grad()
+            forward(x).sin().sum().backward()
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            assert_close(a.grad, b.grad, factor=10)
+        for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+            assert_close(a, b)
