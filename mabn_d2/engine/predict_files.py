@@ -46,12 +46,13 @@ def find_images(inputs: Iterable[str], output: Path | None = None) -> list[Path]
 
     Args:
         inputs: as on a command line.
-        output: where predictions are written, which are no input of the next call; None: nowhere.
+        output: where predictions are written; their pictures are no input of the next call. None: nowhere.
     Raises:
         ConfigError: if there are none for one of the inputs, if one lies where pictures are written, or
             if `output` can't be written to.
     """
     found, output = [], output and output.resolve()
+    pictures = output and output / PICTURES
     for name in inputs:
         path = Path(name)
         matches = [path] if path.exists() else [Path(p) for p in glob.glob(name, recursive=True)]
@@ -60,7 +61,7 @@ def find_images(inputs: Iterable[str], output: Path | None = None) -> list[Path]
             if match.is_dir():
                 inside = map(Path, image_files(match))
                 # What an earlier call has written is no input.
-                files += sorted(p for p in inside if output not in p.resolve().parents)
+                files += sorted(p for p in inside if pictures not in p.resolve().parents)
                 others += sorted(image_files(match, OTHER_SUFFIXES))
             elif match.is_file():
                 files.append(match)
@@ -80,9 +81,8 @@ def find_images(inputs: Iterable[str], output: Path | None = None) -> list[Path]
             _logger.warning(f"left out: {left_out}")
         found += files
     files = list({file.resolve(): file for file in found}.values())
-    if output is None:
+    if output is None or pictures is None:
         return files
-    pictures = output / PICTURES
     for folder in (output, pictures):
         try:
             check_writable(folder)
@@ -107,7 +107,8 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
       `category_id`. `COCO("images.json").loadRes("predictions.json")` reads both.
 
     An image that can't be read is named and left out. Nothing else is written, whatever images and
-    classes are called. An error and Ctrl-C end it after both JSON files are written.
+    classes are called. An error and Ctrl-C end it after both JSON files are written. If no image can be
+    read, files of an earlier call stay.
     """
     pictures = output / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
@@ -153,10 +154,11 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path) -> 
                 scores[index] += result["score"]
             with_objects.update(set(instances.pred_classes.tolist()))
     finally:  # what was predicted is kept if a picture can't be written, and on Ctrl-C
-        _write_json(output / RESULTS, results)
-        categories = [{"id": c["id"], "name": c["name"]} for c in predictor.classes]
-        content = {"images": images, "annotations": [], "categories": categories}
-        _write_json(output / IMAGES, content)
+        if images:
+            _write_json(output / RESULTS, results)
+            categories = [{"id": c["id"], "name": c["name"]} for c in predictor.classes]
+            content = {"images": images, "annotations": [], "categories": categories}
+            _write_json(output / IMAGES, content)
     rows = [
         [printable(predictor.class_names[k]), n, with_objects[k], f"{scores[k] / n:.2f}"]
         for k, n in sorted(objects.items())

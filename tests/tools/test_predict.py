@@ -173,9 +173,12 @@ def test_damaged_images_are_named_and_left_out(checkpoint, photos, tmp_path, cap
     assert len(images["images"]) == 1 and "skipped: 3 of 4" in text
     error = capsys.readouterr().err
     assert all(f"{tmp_path}/in/{name}" in error for name in ("cut.png", "empty.jpg", "text.jpg"))
-    with pytest.raises(SystemExit) as stop:
-        predict(checkpoint, tmp_path / "none", tmp_path / "in")
-    assert stop.value.code == 1
+    before = (tmp_path / "out/images.json").read_bytes()
+    for output in "none", "out":
+        with pytest.raises(SystemExit) as stop:
+            predict(checkpoint, tmp_path / output, tmp_path / "in")
+        assert stop.value.code == 1
+    assert (tmp_path / "out/images.json").read_bytes() == before
 
 
 def test_names_that_meet(checkpoint, photos, tmp_path):
@@ -198,11 +201,13 @@ def test_inputs(checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos)
     _, _, images = predict(checkpoint, tmp_path / "o", "a/photo.png", "**/*.png", "--threshold", 1)
     assert [i["file_name"] for i in images["images"]] == ["a/photo.png", "b/deep er/photo.png"]
-    (tmp_path / "in").mkdir()
-    os.link(photos / "a/photo.png", tmp_path / "in/photo.png")
-    for _ in range(2):
-        _, _, images = predict(checkpoint, tmp_path / "in/out", tmp_path / "in", "--threshold", 1)
-        assert len(images["images"]) == 1
+    for output in "in/out", "same":
+        folder = tmp_path / Path(output).parts[0]
+        folder.mkdir()
+        os.link(photos / "a/photo.png", folder / "photo.png")
+        for _ in range(2):
+            _, _, images = predict(checkpoint, tmp_path / output, folder, "--threshold", 1)
+            assert len(images["images"]) == 1
     with pytest.raises(SystemExit, match="would overwrite the image"):
         predict(checkpoint, tmp_path / "in/out", tmp_path / "in/out/pictures/photo.jpg")
     for more, message in (
