@@ -19,6 +19,15 @@ SUFFIXES = (".pth", ".pkl")
 _TORCH_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of files older than zip
 
 
+# What files of other formats start with, and what they are.
+_FORMATS = {
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself: run git lfs pull",
+    b"\x93NUMPY": "one array of numpy: a checkpoint needs all of a model's weights, by name",
+    b"\x89HDF": 'an HDF5 file: save its weights by name with torch.save({"model": ...}, "FILE.pth")',
+    b"\x1f\x8b": "compressed: unpack it with gunzip",
+}
+
+
 class CheckpointError(ValueError):
     """One line that names the file or the entries, what is wrong and what to do."""
 
@@ -174,8 +183,9 @@ def _other_format(file: IO[bytes]) -> str | None:
     start = file.read(64)
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < 2**27:  # length of the header
         return 'a safetensors file: torch.save(safetensors.torch.load_file(FILE), "FILE.pth") converts it'
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS and not the file itself: run git lfs pull"
+    for first, format in _FORMATS.items():
+        if start.startswith(first):
+            return format
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "a web page: download the file itself"
     if start.startswith(b"PK"):

@@ -1,5 +1,6 @@
 """checkpoint/io.py: hostile, damaged and half-written files."""
 
+import gzip
 import os
 import pickle
 import random
@@ -156,6 +157,7 @@ def test_empty_and_truncated(tmp_path):
 def test_other_formats_are_named(tmp_path):
     header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     np.savez(tmp_path / "a.npz", w=np.ones(2))
+    np.save(tmp_path / "a.npy", np.ones(2))
     torch.jit.script(torch.nn.ReLU()).save(tmp_path / "a.pt")
     for content, message in (
         (len(header).to_bytes(8, "little") + header + bytes(4), "a safetensors file: torch.save"),
@@ -165,6 +167,9 @@ def test_other_formats_are_named(tmp_path):
         ),
         (b"\n<!DOCTYPE html><html>", "a web page: download the file itself"),
         ((tmp_path / "a.npz").read_bytes(), "an archive of numpy: torch.save"),
+        ((tmp_path / "a.npy").read_bytes(), "one array of numpy: a checkpoint needs"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file: save its weights"),
+        (gzip.compress(b"x"), "compressed: unpack it"),
         ((tmp_path / "a.pt").read_bytes(), "a TorchScript model: use the checkpoint"),
     ):
         (tmp_path / "a.pth").write_bytes(content)
