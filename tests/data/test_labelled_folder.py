@@ -295,6 +295,38 @@ UNKNOWN = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"Annotations/1.xml": "", "JPEGImages/1.jpg": ""}, "Annotations/1.xml is Pascal VOC"),
+        (
+            {"train/1.xml": "", "valid/2.xml": ""},
+            "train/1.xml is Pascal VOC or CVAT XML, which CVAT",
+        ),
+        ({"images/1.jpg": "", "labels/1.txt": ""}, "labels/1.txt is YOLO, which CVAT and Roboflow"),
+        ({"train/labels/1.txt": "", "valid/labels/2.txt": ""}, "train/labels/1.txt is YOLO"),
+        ({"images/1.jpg": "", "masks/1.png": ""}, "masks/1.png is a mask as a picture"),
+        (
+            {f"{i}.json": '{"shapes": [], "imagePath": "1.jpg"}' for i in (1, 2)},
+            "1.json is LabelMe",
+        ),
+        ({"1.json": '{"shapes": [], "imagePath": "1.jpg"}'}, "this is LabelMe's own"),
+        ({"a.json": '{"1.jpg77": {"filename": "1.jpg", "regions": []}}'}, "this is VIA's own"),
+        ({"a.json": '{"_via_settings": {}, "_via_img_metadata": {}}'}, "this is VIA's own"),
+        ({"a.json": '[{"id": 1, "annotations": [], "data": {}}]'}, "this is Label Studio's own"),
+        ({"a.json": '[{"image": "1.jpg", "annotations": []}]'}, r"COCO JSON \(instances\)$"),
+        ({"a.json": "[[]]", "b.json": "3"}, "export the labels as COCO JSON$"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadAnnotationError, match=message) as error:
+        read_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("change, message", UNKNOWN)
 def test_what_is_not_known_is_one_line(export, change, message):
     folder = export("roboflow")

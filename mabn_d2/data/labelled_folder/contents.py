@@ -17,7 +17,7 @@ from ..coco_parsing import parse_file
 from ..errors import BadAnnotationError
 from .categories import unify_categories
 from .image_files import ImageFinder
-from .layouts import WHOLE, Layout, Part, find_layout, holds_masks
+from .layouts import WHOLE, Layout, Part, find_layout, format_of_json, holds_masks
 from .normalize import normalize
 
 
@@ -105,9 +105,10 @@ def read_coco(json_file: str | Path, parse: Callable[[Path], Any] = parse_file) 
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            other = format_of_json(content)
             raise BadAnnotationError(
                 f"{json_file} has no list {key!r} of COCO entries: export the labels as COCO JSON "
-                "(instances)"
+                f"(instances){f'; this is {other}' if other else ''}"
             )
     return content
 

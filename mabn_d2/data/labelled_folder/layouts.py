@@ -29,11 +29,14 @@ MASK_NAMES = {"mask", "masks", "label", "labels", "gt", "groundtruth", "seg", "s
 MASK_NAMES |= {"annotation", "annotations", "segmentations"}
 ROBOFLOW = "_annotations.coco.json"
 # What other export formats leave in a folder.
+_READ_BY_TOOLS = "which CVAT and Roboflow read and export as COCO JSON"
 OTHER_FORMATS = {
-    "*.yaml": "YOLO",
-    "*.xml": "Pascal VOC or CVAT XML",
+    "*.yaml": f"YOLO, {_READ_BY_TOOLS}",
+    "labels/*.txt": f"YOLO, {_READ_BY_TOOLS}",
+    "*.xml": f"Pascal VOC or CVAT XML, {_READ_BY_TOOLS}",
     "*.csv": "CSV",
     "*.zip": "zip",
+    "masks/*.png": "a mask as a picture, which CVAT reads and exports as COCO JSON",
 }
 
 
@@ -92,7 +95,9 @@ def find_layout(path: str | Path, parse: Callable[[Path], Any] = parse_file) -> 
         files = _coco_files(_annotations(path), parse) or _coco_files(path, parse)
         found = {"JSON": files} if files else {}
     if not found:
-        raise BadAnnotationError(f"{path} holds no annotations that are known: {_looked_for(path)}")
+        raise BadAnnotationError(
+            f"{path} holds no annotations that are known: {_looked_for(path, parse)}"
+        )
     if len(found) > 1:
         _refuse_several(path, [file for files in found.values() for file in files])
     ((name, files),) = found.items()
@@ -181,19 +186,50 @@ def _refuse_several(folder: Path, files: list[Path]) -> NoReturn:
     )
 
 
-def _looked_for(folder: Path) -> str:
+def _looked_for(folder: Path, parse: Callable[[Path], Any]) -> str:
     text = (
         f"looked for train/{ROBOFLOW} (Roboflow), annotations/instances_*.json (COCO, CVAT), "
         "result.json (Label Studio) and *.json; export the labels as COCO JSON"
     )
-    for pattern, format in OTHER_FORMATS.items():
-        found = [*sorted(folder.glob(pattern)), *sorted(_annotations(folder).glob(pattern))]
-        if found:
-            return f"{text} ({found[0].relative_to(folder)} is {format})"
+    if other := _other_format(folder, [folder, _annotations(folder)], parse):
+        return f"{text} ({other})"
     inner = [f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
     if len(inner) == 1 and any(inner[0].rglob("*.json")):
         return f"{text}, or name {inner[0]} if it is the export"
-    return text
+    other = _other_format(folder, sorted(inner), parse)  # as in train/ and valid/
+    return f"{text} ({other})" if other else text
+
+
+def _other_format(folder: Path, places: list[Path], parse: Callable[[Path], Any]) -> str:
+    """Return what the first file of another format in some folders within `folder` is, or ""."""
+    for pattern, format in OTHER_FORMATS.items():
+        if found := [file for place in places for file in sorted(place.glob(pattern))]:
+            return f"{found[0].relative_to(folder)} is {format}"
+    for file in (file for place in places for file in sorted(place.glob("*.json"))[:1]):
+        try:
+            format = format_of_json(parse(file))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if format:
+            return f"{file.relative_to(folder)} is {format}"
+    return ""
+
+
+def format_of_json(content: Any) -> str:
+    """Return which tool's own format a JSON file has, and how that tool writes COCO JSON; "" if unknown."""
+    first = content
+    if isinstance(content, (list, dict)) and content:
+        first = next(iter(content if isinstance(content, list) else content.values()))
+    keys, of_first = (
+        value.keys() if isinstance(value, dict) else set() for value in (content, first)
+    )
+    if {"shapes", "imagePath"} <= keys:
+        return "LabelMe's own, which labelme2coco.py in LabelMe's examples makes COCO JSON of"
+    if "_via_img_metadata" in keys or {"filename", "regions"} <= of_first:
+        return "VIA's own: export its annotations in COCO format"
+    if isinstance(content, list) and "data" in of_first:
+        return "Label Studio's own: choose COCO when you export"
+    return ""
 
 
 def _image_roots(json_file: Path, folder: Path, part: str | None) -> tuple[Path, ...]:
