@@ -136,7 +136,7 @@ def record_of_config(checkpoint: Mapping[str, Any], train: bool = True) -> dict[
     return {"config": {key: value for key, value in values.items() if value is not None}}
 
 
-def differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> list[str]:
+def differences(record: Mapping[str, Any] | None, cfg: Mapping[str, Any]) -> list[str]:
     """Return one line for each config key that has another value in `cfg` than in a checkpoint.
 
     Args:

@@ -4,11 +4,14 @@ A LazyConfig file is a program: loading it runs it. Use only files from sources 
 """
 
 import copy
+import logging
 import math
 import os
 import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 import torch
 import yaml
@@ -19,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint import differences as recorded_differences
 from ..checkpoint import weights_file
 from ..data.errors import did_you_mean, one_line
 from ..data.packages import remedy
@@ -380,3 +384,28 @@ def log_or_refuse_changes(cfg: DictConfig) -> list[str]:
                     "checkpoint"
                 )
     return [f"{key} {was} -> {now}" for key, (was, now) in changes.items()]
+
+
+def warn_of_recorded(record: Mapping[str, Any] | None, cfg: DictConfig) -> None:
+    """Log a warning for each setting of the input that weights were trained with another value of.
+
+    Args:
+        record: what a checkpoint says of its weights (`checkpoint/record.py`); None if nothing.
+        cfg: the LazyConfig that they are loaded by.
+    """
+    part = "train" if OmegaConf.select(cfg, "dataloader.train.mapper") else "test"
+    names = {
+        "INPUT.FORMAT": f"dataloader.{part}.mapper.image_format",
+        "MODEL.PIXEL_MEAN": "model.pixel_mean",
+        "MODEL.PIXEL_STD": "model.pixel_std",
+    }
+    nodes: dict[str, dict[str, Any]] = {"INPUT": {}, "MODEL": {}}
+    for key, name in names.items():
+        value = OmegaConf.select(cfg, name)
+        node, _, last = key.partition(".")
+        nodes[node][last] = list(value) if isinstance(value, ListConfig) else value
+    for line in recorded_differences(record, nodes):
+        key, _, rest = line.partition(" ")
+        logging.getLogger(__name__).warning(
+            f"{names[key]} {rest}: change the config unless this is meant"
+        )

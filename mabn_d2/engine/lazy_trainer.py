@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from ..checkpoint import SafeCheckpointer
+from ..checkpoint import SafeCheckpointer, record_of_config
 from ..checkpoint.description import describe_classes, warn_of_other_classes
 from ..data.batches import MicroBatches
 from ..data.requirements import DataRequirements
@@ -48,6 +48,7 @@ from .lazy_config import (
     check_lazy_config,
     load_lazy_config,
     log_or_refuse_changes,
+    warn_of_recorded,
 )
 from .lazy_data import build_train_loader, build_validation_loader, pictures
 from .log import share_log
@@ -118,6 +119,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     checkpointer.description = describe_classes(names)
     trainer.register_hooks(_build_hooks(cfg, bare, trainer, checkpointer))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    warn_of_recorded(checkpointer.record or record_of_config(checkpointer.loaded), cfg)
     warn_of_other_classes(checkpointer.loaded, names[:1])
     start = 0
     if resume and checkpointer.has_checkpoint():
@@ -222,4 +224,5 @@ def run(args: Namespace) -> dict[str, Any] | None:
         return None
     checkpointer = SafeCheckpointer(model, cfg.train.output_dir, complete=True)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    warn_of_recorded(checkpointer.record or record_of_config(checkpointer.loaded), cfg)
     return evaluate(cfg, model)

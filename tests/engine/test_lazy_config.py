@@ -5,13 +5,15 @@ from argparse import Namespace
 
 import pytest
 import torch
+import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import CityscapesSemSegEvaluator
 from test_lazy import USERS
 
 from mabn_d2 import CheckpointError
+from mabn_d2.checkpoint import record_of_config
 from mabn_d2.engine import ConfigError
-from mabn_d2.engine.lazy_config import load_lazy_config, log_or_refuse_changes
+from mabn_d2.engine.lazy_config import load_lazy_config, log_or_refuse_changes, warn_of_recorded
 from mabn_d2.engine.lazy_trainer import check
 from paths import ROOT
 
@@ -198,6 +200,22 @@ def test_weights_of_another_norm(config, tmp_path):
     for name in (path, f"'{path}?matching_heuristics=True'"):
         check(arguments(config, f"train.init_checkpoint={name}", "train.convert_weights=True"))
     assert not (tmp_path / "output").exists()
+
+
+def test_input_that_weights_were_trained_with(config, caplog):
+    """What converted weights record, and what the config in a checkpoint of `Trainer` says."""
+    cfg = load_lazy_config(arguments(config))
+    trained = {
+        "INPUT": {"FORMAT": "RGB"},
+        "MODEL": {"PIXEL_MEAN": [0.0, 0.0, 0.0], "PIXEL_STD": list(cfg.model.pixel_std)},
+    }
+    warn_of_recorded(record_of_config({"config": yaml.safe_dump(trained)}), cfg)
+    warn_of_recorded(None, cfg)
+    assert [r.getMessage().partition(": ")[0] for r in caplog.records] == [
+        "dataloader.train.mapper.image_format is BGR, the weights were trained with RGB",
+        f"model.pixel_mean is {list(cfg.model.pixel_mean)}, the weights were trained with "
+        "[0.0, 0.0, 0.0]",
+    ]
 
 
 def test_folder_of_another_run(config, tmp_path):
