@@ -14,7 +14,7 @@ from paths import ROOT
 ORDER = [
     {"layers"},
     {"surgery"},
-    {"modeling", "checkpoint", "data", "command_names", "config", "config_files", "safe_yaml", "solver", "predictor", "export", "visualization"},
+    {"modeling", "checkpoint", "data", "command_names", "config", "config_files", "config_keys", "safe_yaml", "solver", "predictor", "export", "visualization"},
     {"engine"},
     {"comparison", "classification", "benchmark"},
     {"commands"},

@@ -8,6 +8,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from ..config_keys import get_key
 from .description import CONFIG
 from .io import CheckpointError
 
@@ -132,7 +133,7 @@ def record_of_config(checkpoint: Mapping[str, Any], train: bool = True) -> dict[
     if config is None:
         return None
     keys = _OF_WEIGHTS if train else _OF_WEIGHTS + _OF_EVALUATION
-    values = {key: _value(config, key) for key in keys}
+    values = {key: _lists(get_key(config, key)) for key in keys}
     return {"config": {key: value for key, value in values.items() if value is not None}}
 
 
@@ -146,7 +147,7 @@ def differences(record: Mapping[str, Any] | None, cfg: Mapping[str, Any]) -> lis
     lines = []
     config = (record or {}).get("config")
     for key, trained in config.items() if isinstance(config, dict) else ():
-        value = _value(cfg, key)
+        value = _lists(get_key(cfg, key))
         if key == "MODEL.BACKBONE.NAME" and {value, trained} == SAME_WITH_MABN:
             continue
         if value is not None and value != _lists(trained):
@@ -158,13 +159,6 @@ def warn_of_differences(record: Mapping[str, Any] | None, cfg: CfgNode) -> None:
     """Log the `differences` as warnings."""
     for line in differences(record, cfg):
         logging.getLogger(__name__).warning(f"{line}: change the config unless this is meant")
-
-
-def _value(node: Any, key: str) -> Any:
-    """Return the value of a key such as INPUT.FORMAT in a nested mapping; None if it has none."""
-    for name in key.split("."):
-        node = node.get(name) if hasattr(node, "get") else None
-    return _lists(node)
 
 
 def _lists(value: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
+from ..config_keys import get_key
+
 # Meta-architectures of Detectron2 and the keys of their numbers of classes.
 CLASS_KEYS = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -85,11 +87,11 @@ class DataRequirements:
         if model.LOAD_PROPOSALS:
             for sets in (train_sets, test_sets) if train else (test_sets,):
                 key = sets.key.replace(".", ".PROPOSAL_FILES_")
-                proposals.append((Setting(key, tuple(_get(cfg, key))), sets))
+                proposals.append((Setting(key, tuple(get_key(cfg, key))), sets))
         return cls(
             train=train_sets,
             test=test_sets,
-            num_classes=Setting(class_key, _get(cfg, class_key)) if class_key else None,
+            num_classes=Setting(class_key, get_key(cfg, class_key)) if class_key else None,
             num_stuff_classes=(
                 Setting("MODEL.SEM_SEG_HEAD.NUM_CLASSES", model.SEM_SEG_HEAD.NUM_CLASSES)
                 if architecture in SEMANTIC
@@ -124,15 +126,15 @@ class DataRequirements:
 
         Names of other datasets are not known: they are left to the config's own functions.
         """
-        mapper = _find(cfg, "dataloader.train.mapper")
-        heads = _find(cfg, "model.roi_heads")
-        reads_masks = bool(_find(mapper, "use_instance_mask")) and train
-        mask_head = _find(heads, "mask_head")
-        keypoint_head = _find(heads, "keypoint_head")
+        mapper = get_key(cfg, "dataloader.train.mapper")
+        heads = get_key(cfg, "model.roi_heads")
+        reads_masks = bool(get_key(mapper, "use_instance_mask")) and train
+        mask_head = get_key(heads, "mask_head")
+        keypoint_head = get_key(heads, "keypoint_head")
         key = "model.num_classes" if heads is None else "model.roi_heads.num_classes"
         names = {}
         for part in ("train", "test") if "evaluator" in cfg.dataloader else ("train",):
-            found = _find(cfg, f"dataloader.{part}.dataset.names")
+            found = get_key(cfg, f"dataloader.{part}.dataset.names")
             names[part] = (found,) if isinstance(found, str) else tuple(found or ())
         mask_key = "dataloader.train.mapper.instance_mask_format"
         return cls(
@@ -144,17 +146,17 @@ class DataRequirements:
             or Setting("model.sem_seg_head.ignore_value", -1),
             masks=Setting("model.roi_heads.mask_head", mask_head is not None),
             reads_masks=reads_masks,
-            mask_format=Setting(mask_key, _find(cfg, mask_key) or "polygon"),
+            mask_format=Setting(mask_key, get_key(cfg, mask_key) or "polygon"),
             keypoints=Setting("model.roi_heads.keypoint_head", keypoint_head is not None),
             num_keypoints=_found(cfg, "model.roi_heads.keypoint_head.num_keypoints"),
             num_sigmas=None,
             detections=_found(cfg, "model.roi_heads.box_predictor.test_topk_per_image")
             or _found(cfg, "model.max_detections_per_image"),
-            skip=_find(cfg, "train.bad_input") == "skip",
+            skip=get_key(cfg, "train.bad_input") == "skip",
             proposals=(),
             filter_empty=Setting(
                 "dataloader.train.dataset.filter_empty",
-                _find(cfg, "dataloader.train.dataset.filter_empty") is not False,
+                get_key(cfg, "dataloader.train.dataset.filter_empty") is not False,
             ),
             remedies=(
                 (
@@ -167,23 +169,8 @@ class DataRequirements:
         )
 
 
-def _get(node: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        node = node[name]
-    return node
-
-
-def _find(node: Any, key: str) -> Any:
-    """Return the value of a key of a LazyConfig, or None."""
-    for name in key.split("."):
-        if not hasattr(node, "get") or not isinstance(name, str):
-            return None
-        node = node.get(name)
-    return node
-
-
 def _found(node: Any, key: str) -> Setting | None:
-    value = _find(node, key)
+    value = get_key(node, key)
     return None if value is None else Setting(key, value)
 
 

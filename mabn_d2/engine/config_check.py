@@ -1,6 +1,6 @@
 """Checks a config before a run, for errors that would appear late or not at all."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
@@ -11,7 +11,7 @@ from ..modeling.norm_table import NORMS
 from .errors import ConfigError
 from .hooks.best_checkpoint import TASKS, task_of
 from .resume import check_output_folder, check_same_run
-from .value_check import check_values, used_norms, warn_of_window
+from .value_check import check_values, norm_nodes, used_norms, warn_of_window
 
 # Iterations; each layer keeps two vectors of its channels for each.
 MAX_WINDOW = 10_000
@@ -100,7 +100,7 @@ def check_settings(
         key = "MODEL.MABN.BATCH_SIZE"
         window, share = mabn.SIMULATED_BATCH_SIZE // mabn.BATCH_SIZE, images // (workers * steps)
         warn_of_window(mabn.BATCH_SIZE, window, share, key, f"{key} 0, the images of one forward")
-    for key, node in _norm_nodes(cfg):
+    for key, node in norm_nodes(cfg):
         try:
             get_norm(node.NORM, 32)
         except KeyError as error:
@@ -128,16 +128,6 @@ def _check_output(cfg: CfgNode, resume: bool) -> None:
     if resumes and PathManager.isfile(f"{folder}/config.yaml"):
         with PathManager.open(f"{folder}/config.yaml") as file:
             check_same_run(cfg, file.read(), f"{folder}/config.yaml")
-
-
-def _norm_nodes(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, CfgNode]]:
-    """Yield (key, node) of every node that has a NORM."""
-    for name, value in node.items():
-        if hasattr(value, "items"):
-            key = f"{prefix}{name}"
-            if isinstance(value.get("NORM"), str):
-                yield key, value
-            yield from _norm_nodes(value, f"{key}.")
 
 
 def _check_evaluation(cfg: CfgNode) -> None:

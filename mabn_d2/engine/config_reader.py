@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_mabn_config
 from ..config_files import config_names, find_config_file
+from ..config_keys import differences, get_key, leaves
 from ..data.errors import did_you_mean, one_line
 from ..safe_yaml import RefusedYAML, check_yaml
 from .errors import ConfigError
@@ -77,7 +78,7 @@ def read_config(config_file: str | os.PathLike[str], opts: Sequence[Any] = ()) -
             raise ConfigError(_mismatch(defaults, **mismatch.groupdict())) from error
         words = " ".join([f"--config-file {config_file!r}", *map(str, opts)])
         raise ConfigError(f"{words}: {one_line(text, 500)}") from error
-    nones = [key for key in _differences(merged, defaults) if _value(merged, key) is None]
+    nones = [key for key, _, value in differences(defaults, merged) if value is None]
     if nones := [key for key in nones if key not in MAY_BE_NONE]:
         raise ConfigError(f"{nones[0]} is None: give it a value, or leave it out for the default")
     return merged
@@ -122,7 +123,7 @@ def _check_pairs(opts: Sequence[Any], defaults: CfgNode) -> None:
 
 def _mismatch(defaults: CfgNode, wanted: str, found: str, value: str, key: str) -> str:
     """Return what to do about a value of another type than the default's."""
-    default = _value(defaults, key)
+    default = get_key(defaults, key)
     if isinstance(default, CfgNode):
         first = next(leaves(default, f"{key}."))
         return f"{key} is {value}, but it has keys of its own: set one of them, such as {first}"
@@ -133,28 +134,3 @@ def _mismatch(defaults: CfgNode, wanted: str, found: str, value: str, key: str) 
     elif (wanted, found) == ("float", "int"):
         example = f"{value}.0"
     return f"{key} is {value} ({found}): use a value of type {wanted}, such as {example}"
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the keys of the values in a nested mapping, such as "SOLVER.MAX_ITER"."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _differences(node: CfgNode, other: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Yield the keys in which two nested configs differ."""
-    for name in sorted({*node, *other}):
-        key, value, theirs = f"{prefix}{name}", node.get(name), other.get(name)
-        if isinstance(value, dict) and isinstance(theirs, dict):
-            yield from _differences(value, theirs, f"{key}.")
-        elif value != theirs:
-            yield key
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg

@@ -7,11 +7,12 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..config import AUTO
+from ..config_keys import leaves
 from ..modeling.backbone import MABN_OR_ANOTHER
 from ..modeling.norm import NORM
 from ..safe_yaml import load_yaml
 from .config_check import check_config
-from .config_reader import leaves, read_config
+from .config_reader import read_config
 from .errors import ConfigError
 from .launch import count_processes
 from .model_check import check_model

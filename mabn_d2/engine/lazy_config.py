@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import differences as recorded_differences
 from ..checkpoint import weights_file
+from ..config_keys import differences
 from ..data.errors import did_you_mean, one_line
 from ..data.packages import remedy
 from ..data.requirements import DataRequirements
@@ -39,7 +40,7 @@ from .hooks.log_statistics import LogStatistics
 from .launch import count_processes
 from .lazy_data import can_be_seeded, is_dataset_mapper, target
 from .model_check import check_weights, quiet, without_data
-from .resume import check_output_folder, differences
+from .resume import check_output_folder
 from .value_check import warn_of_norm_schedule, warn_of_window
 
 # Keys of `train`: Detectron2's, those that its default_setup reads, and this package's; besides, each

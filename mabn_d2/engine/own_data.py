@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import CheckpointError, read_checkpoint, weights_file
 from ..checkpoint.description import IMAGES, class_names_of, classes_of, config_of
+from ..config_keys import get_key
 from ..data.errors import DataError
 from ..data.labelled_folder import (
     PreparedFolder,
@@ -88,7 +89,7 @@ def use_folder(
     _set_masks(cfg, folder, given)
     if was_frozen:
         cfg.freeze()
-    text = report(folder, {key: _get(cfg, key) for key in _used_keys(cfg)}, share)
+    text = report(folder, {key: get_key(cfg, key) for key in _used_keys(cfg)}, share)
     for name in names.values():
         MetadataCatalog.get(name).set(description=text)
     return folder
@@ -112,7 +113,7 @@ def with_folder(cfg: CfgNode) -> CfgNode:
         [
             key
             for key in SET_BY_FOLDER
-            if not key.startswith("DATASETS.") and _get(cfg, key) != _get(default, key)
+            if not key.startswith("DATASETS.") and get_key(cfg, key) != get_key(default, key)
         ],
     )
     return cfg
@@ -191,7 +192,7 @@ def use_folder_for(
     if not train:
         hold_out = trained_here or f"{dataset_base(path)}_val" in cfg.DATASETS.TEST
         if trained_with:  # as in the config.yaml of its training
-            same = {key for key in MASK_KEYS if _get(cfg, key) == _get(trained_with, key)}
+            same = {key for key in MASK_KEYS if get_key(cfg, key) == get_key(trained_with, key)}
             given = set(given) - same
         if trained_with and not trained_with.MODEL.MASK_ON and "MODEL.MASK_ON" not in given:
             cfg.MODEL.MASK_ON, given = False, {*given, "MODEL.MASK_ON"}
@@ -301,7 +302,7 @@ def _set_classes(cfg: CfgNode, names: list[str], given: Collection[str]) -> None
     used = "MODEL.RETINANET" if _is_retina(cfg) else "MODEL.ROI_HEADS"
     for node in ("MODEL.ROI_HEADS", "MODEL.RETINANET"):
         key = f"{node}.NUM_CLASSES"
-        value = _get(cfg, key)
+        value = get_key(cfg, key)
         if key in given and value != len(names) and node == used:
             raise ConfigError(
                 f"{key} is {value}, but {cfg.DATASETS.FOLDER} has {len(names)} classes "
@@ -352,12 +353,6 @@ def _is_retina(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
-def _get(cfg: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
-
-
 def _set(cfg: CfgNode, key: str, value: Any) -> None:
     *nodes, name = key.split(".")
-    _get(cfg, ".".join(nodes))[name] = value
+    get_key(cfg, ".".join(nodes))[name] = value

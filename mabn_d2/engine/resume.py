@@ -5,7 +5,7 @@ config: torch's optimizers would bring the rates and decays of the checkpoint ba
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from ..checkpoint import CheckpointError
 from ..checkpoint.io import check_writable
 from ..checkpoint.record import SAME_WITH_MABN
+from ..config_keys import differences
 from ..data.errors import one_line
 from ..modeling.norm import NORM
 from ..modeling.norm_table import NORMS
@@ -139,19 +140,6 @@ def check_same_run(cfg: CfgNode, text: str, source: str) -> list[str]:
         for key, (was, now) in changes.items()
         if not key.startswith(_NOT_LOGGED)
     ]
-
-
-def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) of the keys that two nested configs have with other values.
-
-    A key that only one of them has is left out: versions of Detectron2 differ in their keys.
-    """
-    for name in sorted(old.keys() & new.keys()):
-        was, now = old[name], new[name]
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from differences(was, now, f"{prefix}{name}.")
-        elif was != now:
-            yield f"{prefix}{name}", was, now
 
 
 def log_changes(lines: list[str], iteration: int | str) -> None:

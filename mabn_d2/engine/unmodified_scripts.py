@@ -14,12 +14,12 @@ from detectron2.solver import build_optimizer as stock_build_optimizer
 
 from ..checkpoint import SafeCheckpointer
 from ..config import add_mabn_config
+from ..config_keys import differences
 from ..layers import rescale_mabn_windows
 from ..safe_yaml import check_yaml
 from ..solver import build_optimizer
 from ..surgery.recalibrate import layers_to_recalibrate
 from .hooks import RecalibrateMABN
-from .resume import differences
 
 # Keys that only this package's Trainer and loaders read.
 UNREAD = (

@@ -20,6 +20,7 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
 
+from ..config_keys import get_key
 from ..data.errors import did_you_mean
 from ..modeling.norm_table import DETECTRON2_NUM_GROUPS, NORMS
 from ..solver import OPTIMIZERS
@@ -185,14 +186,14 @@ def check_values(cfg: CfgNode, train: bool = True, own: Container[str] = ()) -> 
         ConfigError: naming the key, its value and what it may be.
     """
     for key, registry in REGISTRIES.items():
-        value, known = get(cfg, key), [name for name, _ in registry]
+        value, known = get_key(cfg, key), [name for name, _ in registry]
         if value is not None and value not in known and value not in _NO_PART.get(key, ()):
             raise ConfigError(
                 f"{key} is {value!r}, which is not registered{did_you_mean(value, known)}: use one of "
                 f"{', '.join(known)}, or import the module that registers it"
             )
     for key, choices in CHOICES.items():
-        value = get(cfg, key)
+        value = get_key(cfg, key)
         if value is not None and value not in choices and key not in own and _is_used(cfg, key):
             raise ConfigError(
                 f"{key} is {value!r}{did_you_mean(value, choices)}: use one of "
@@ -200,7 +201,7 @@ def check_values(cfg: CfgNode, train: bool = True, own: Container[str] = ()) -> 
             )
     for words, keys in NUMBERS.items():
         for key in keys:
-            value = get(cfg, key)
+            value = get_key(cfg, key)
             if not all(_in_range(x, words) for x in _numbers(value)):
                 raise ConfigError(f"{key} is {_shown(value)}: give {_what(value, words)}")
     _check_model(cfg)
@@ -245,13 +246,13 @@ def _check_model(cfg: CfgNode) -> None:
             "stages of a ResNet"
         )
     for key, widths in WIDTHS.items():
-        if get(cfg, key) == "GN" and _is_used(cfg, key):
+        if get_key(cfg, key) == "GN" and _is_used(cfg, key):
             # Detectron2 makes its own number of groups first.
             groups = math.lcm(DETECTRON2_NUM_GROUPS, model.GN.NUM_GROUPS)
             for name in widths:
-                if get(cfg, f"MODEL.{name}") % groups:
+                if get_key(cfg, f"MODEL.{name}") % groups:
                     raise ConfigError(
-                        f"MODEL.{name} is {get(cfg, f'MODEL.{name}')}, which {groups} does not divide, "
+                        f"MODEL.{name} is {get_key(cfg, f'MODEL.{name}')}, which {groups} does not divide, "
                         f'but {key} "GN" makes {model.GN.NUM_GROUPS} groups (MODEL.GN.NUM_GROUPS): use a '
                         f"multiple of {groups}, or another norm"
                     )
@@ -282,7 +283,7 @@ def _check_augmentation(model: CfgNode) -> None:
 def _check_lengths(cfg: CfgNode) -> None:
     """Lists whose length Detectron2 asserts when the model or the first image comes."""
     for key in ("MODEL.RPN", "MODEL.ROI_BOX_HEAD", "MODEL.RETINANET"):
-        weights = get(cfg, f"{key}.BBOX_REG_WEIGHTS")
+        weights = get_key(cfg, f"{key}.BBOX_REG_WEIGHTS")
         if (
             weights is not None
             and _is_used(cfg, f"{key}.BBOX_REG_WEIGHTS")
@@ -379,9 +380,19 @@ def _check_schedule(cfg: CfgNode) -> None:
         warn_of_norm_schedule(name, norm_schedule(cfg, name), "SOLVER.MAX_ITER", solver.MAX_ITER)
 
 
+def norm_nodes(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, CfgNode]]:
+    """Yield (key, node) of every node that has a NORM."""
+    for name, value in node.items():
+        if hasattr(value, "items"):
+            key = f"{prefix}{name}"
+            if isinstance(value.get("NORM"), str):
+                yield key, value
+            yield from norm_nodes(value, f"{key}.")
+
+
 def used_norms(cfg: CfgNode) -> list[str]:
     """Return the norms of `NORMS` that a config names."""
-    named = set(_norms(cfg))
+    named = {node.NORM for _, node in norm_nodes(cfg)}
     if cfg.MODEL.BACKBONE.NAME.startswith("build_mabn_"):
         named.add("MABN")
     return [name for name in NORMS if name in named]
@@ -428,14 +439,6 @@ def warn_of_window(batch_size: int, window: int, images: int, key: str, remedy: 
         )
 
 
-def _norms(node: CfgNode) -> Iterator[str]:
-    for value in node.values():
-        if isinstance(value, CfgNode):
-            if value.get("NORM") in NORMS:
-                yield value.NORM
-            yield from _norms(value)
-
-
 def _is_used(cfg: CfgNode, key: str) -> bool:
     """Return whether the model of a config reads a key, as far as that is known here."""
     model = cfg.MODEL
@@ -456,13 +459,6 @@ def _is_used(cfg: CfgNode, key: str) -> bool:
         "INPUT.CROP.": cfg.INPUT.CROP.ENABLED,
     }
     return all(used for prefix, used in rules.items() if key.startswith(prefix))
-
-
-def get(cfg: CfgNode, key: str) -> Any:
-    """Return the value of a dotted key, or None: versions of Detectron2 differ in their keys."""
-    for name in key.split("."):
-        cfg = cfg.get(name) if isinstance(cfg, CfgNode) else None
-    return cfg
 
 
 def _numbers(value: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import nn
 
+from ..config_keys import get_key
 from .norm import NORM, configure_mabn
 from .norm_table import norm_settings
 from .registry import register
@@ -155,10 +156,7 @@ def _check_norm(cfg: CfgNode, node: str, default: str) -> None:
 
 def _check(good: bool, cfg: CfgNode, key: str, wanted: str) -> None:
     if not good:
-        value = cfg
-        for name in key.split("."):
-            value = value[name]
         raise ValueError(
-            f"{key} is {value!r}, which {cfg.MODEL.BACKBONE.NAME} does not support: set it to "
+            f"{key} is {get_key(cfg, key)!r}, which {cfg.MODEL.BACKBONE.NAME} does not support: set it to "
             f"{wanted}"
         )

@@ -132,29 +132,25 @@ def norm_layers() -> tuple[type[nn.Module], ...]:
     return tuple(cls for cls in classes if isinstance(cls, type))
 
 
-def configure_norms(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Configure the layers of every row from a config; return the model.
+def configure_norms(model: nn.Module, cfg: CfgNode) -> None:
+    """Configure the layers of every row from a config.
 
     The settings of a norm that the model does not have are not computed.
     """
-    for row in NORMS.values():
-        layers = [module for module in model.modules() if isinstance(module, row.layer)]
-        if layers:
-            settings = row.settings(cfg)
-            for layer in layers:
-                layer.configure(**settings)
-    return model
+    kinds = tuple({type(module) for module in model.modules()})
+    rows = {
+        name: row for name, row in NORMS.items() if any(issubclass(k, row.layer) for k in kinds)
+    }
+    settings = {name.lower(): row.settings(cfg) for name, row in rows.items()}
+    configure_norms_by_name(model, settings)
 
 
-def configure_norms_by_name(
-    model: nn.Module, settings: Mapping[str, Mapping[str, Any]]
-) -> nn.Module:
-    """Configure the layers of every row from {name in lower case: arguments}; return the model."""
+def configure_norms_by_name(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Configure the layers of every row from {name in lower case: arguments}."""
     for name, row in NORMS.items():
         for module in model.modules():
             if isinstance(module, row.layer):
                 module.configure(**settings.get(name.lower(), {}))
-    return model
 
 
 def parse_norm_options(options: Sequence[str]) -> dict[str, Any]:
