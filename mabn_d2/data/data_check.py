@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 
@@ -135,14 +135,9 @@ def check_names(wanted: DataRequirements) -> None:
             there, or if a file of proposals is missing.
     """
     for setting in (wanted.test, wanted.train):
+        if problem := not_registered(setting.key, setting.value or ()):
+            raise DataError(problem)
         for name in setting.value or ():
-            if name not in DatasetCatalog:
-                known = sorted(DatasetCatalog.list())
-                raise DataError(
-                    f"{setting.key} names {name!r}, which is not registered"
-                    f"{did_you_mean(name, known)}: use one of {', '.join(known[:3])}, ... or register it "
-                    "at import"
-                )
             check_builtin(name, setting.key)
     for setting, sets in wanted.proposals:
         if len(setting.value) != len(sets.value):
@@ -153,6 +148,18 @@ def check_names(wanted: DataRequirements) -> None:
         for file in setting.value:
             if not PathManager.isfile(file):
                 raise DataError(f"{setting}, but {file!r} does not exist: correct the path")
+
+
+def not_registered(key: str, names: Iterable[str]) -> str | None:
+    """Return what is wrong with the datasets that a key names, and the remedy; None if all are registered."""
+    for name in names:
+        if name not in DatasetCatalog:
+            known = sorted(DatasetCatalog.list())
+            return (
+                f"{key} names {name!r}, which is not registered{did_you_mean(name, known)}: use one of "
+                f"{', '.join(known[:3])}, ... or register it at import"
+            )
+    return None
 
 
 def _state(

@@ -7,6 +7,7 @@ from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import weights_file
+from ..data.data_check import not_registered
 from ..modeling.norm_table import NORMS
 from .errors import ConfigError
 from .hooks.best_checkpoint import TASKS, task_of
@@ -110,6 +111,9 @@ def check_settings(
                 f"{key}.NORM is {node.NORM!r}, which needs GPUs where several processes train: use "
                 '"naiveSyncBN", which runs on the CPU too'
             )
+    for part in ("TRAIN", "TEST") if train else ("TEST",):
+        if problem := not_registered(f"DATASETS.{part}", cfg.DATASETS[part]):
+            raise ConfigError(problem)
 
 
 def check_keys(cfg: CfgNode) -> None:

@@ -156,7 +156,7 @@ def test_statistics_of_each_level(into, caplog):
     cfg.MODEL.MABN.EPS = 1e-3 if into == "conv" else 1e-7
     model = randomized(build_model(cfg))
     folded, stock = fold_detector(model, cfg, into)
-    assert stock.MODEL.RETINANET.NORM == "BN" and not caplog.text
+    assert stock.MODEL.RETINANET.NORM == "BN" and "smaller outputs" not in caplog.text
     assert {m.eps for m in folded.head.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
     features = [torch.randn(1, 256, size, size) for size in (16, 8, 4, 2, 1)]
     for found, expected in zip(folded.head(features), model.head(features), strict=True):

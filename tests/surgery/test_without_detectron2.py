@@ -43,7 +43,7 @@ torch.testing.assert_close(torch.jit.script(fused)(x), fused(x))
 assert unfuse_relu(head)[1].activation is None
 assert sorted(mabn_d2.__all__) == [
     "BatchRenorm2d", "CenConv2d", "MABN2d", "convert_mabn", "fold_mabn", "fuse_relu",
-    "get_config_file",
+    "get_config_file", "rescale_mabn_windows",
     "unfuse_relu", "update_mabn_stats",
 ]
 print([name for name in sys.modules if name.split(".")[0] == "detectron2"])
