@@ -284,8 +284,13 @@ def test_what_was_predicted_is_kept(checkpoint, photos, tmp_path, monkeypatch, f
             return read(self, path)
 
         monkeypatch.setattr(Predictor, "read", interrupted)
-    with pytest.raises(SystemExit, match=status):
-        predict(checkpoint, tmp_path, photos, "--threshold", 0.1)
+    # A shell's background process inherits SIGINT as ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit, match=status):
+            predict(checkpoint, tmp_path, photos, "--threshold", 0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     results, images = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("predictions", "images")
     )
