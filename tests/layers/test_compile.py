@@ -102,7 +102,15 @@ def test_activation_checkpointing_is_refused(split_batch, outside):
     else:
         run = compiled(lambda x: checkpoint(net, x, use_reentrant=False))
     x = torch.randn(4, 3, 9, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match="can't be repeated by activation checkpointing"):
+    if OLD and outside == "compile" and not split_batch:  # not compiled there, so it is repeated
+        run(x).sin().sum().backward()
+        assert net[1].iters == 1
+        return
+    # torch 2.4 refuses to compile in the repetition.
+    words = (
+        "symbolically trace" if OLD and outside == "checkpoint" else "can't be repeated by activ"
+    )
+    with pytest.raises(RuntimeError, match=words):
         run(x).sin().sum().backward()
     if outside == "checkpoint":
         plain = copy.deepcopy(net)
