@@ -148,9 +148,8 @@ class DatasetReader:
         kind = metadata.get("evaluator_type")
         if evaluation and kind in BY_IMAGE_ID:
             needed = ["image_id"]
-            if kind == "coco" and not metadata.get(
-                "json_file"
-            ):  # a COCO file is made of the records
+            # Without a file the evaluator makes one of the records.
+            if kind == "coco" and not metadata.get("json_file"):
                 needed += ["file_name", "height", "width"]
         elif not evaluation and self.wanted.num_classes is not None:
             needed = ["annotations"]
@@ -160,14 +159,10 @@ class DatasetReader:
             for attribute in needed:
                 if record.get(attribute) is None:
                     image = record.get("file_name", record.get("image_id", "no file_name"))
-                    what = (
-                        "annotations=[] if it has no objects"
-                        if attribute == "annotations"
-                        else "it"
-                    )
+                    empty = "=[] if it has no objects" if attribute == "annotations" else ""
                     raise DataError(
                         f"{key} names {name!r}, whose record {position} ({image}) has no {attribute}: "
-                        f"add {what}"
+                        f"add {attribute if empty else 'it'}{empty}"
                     )
 
     def _look_at_boxes(
